@@ -1,0 +1,200 @@
+"""Checkpoints that are finished or absent, and a restore that survives a damaged one."""
+
+import logging
+import os
+import pathlib
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from orthojax.checksums import find_damage, write_checksums
+from orthojax.errors import WorkdirError
+
+
+class _WithoutOrbaxChatter(logging.Filter):
+    """Drops what orbax tells at levels below WARNING, and nothing of anybody else's."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore_latest` found."""
+
+    step: int
+    state: Any
+    data_state: dict
+
+
+class Checkpointer:
+    """Saves and restores the training state of one run, the newest `keep` of them.
+
+    A save is renamed into place once everything is in it, so a process killed at any moment
+    leaves the earlier checkpoints as they were. A restore verifies checksums first.
+
+    Args:
+      directory: holds one subdirectory for each step; created when missing.
+      keep: how many of the newest checkpoints stay.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> state = {"kernel": jnp.eye(2)}
+      >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+      ...     checkpointer.save(10, state, {"epoch": 1}, wait=True)
+      ...     abstract = jax.tree.map(
+      ...         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+      ...     )
+      ...     restored = checkpointer.restore_latest(abstract)
+      >>> restored.step, restored.data_state
+      (10, {'epoch': 1})
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+        # Absolute without following links, as orbax demands.
+        self._directory = pathlib.Path(directory).absolute()
+        self._saving_step: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep,
+                cleanup_tmp_directories=True,  # what a killed process left
+                # Despite its name it runs before the rename: the checksums cannot be missing
+                # from a finished checkpoint.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
+        )
+
+    def save(self, step: int, state: Any, data_state: dict, *, wait: bool = False) -> None:
+        """Saves in the background; a step that is already there is left as it is.
+
+        The values are those at the time of the call: the caller may donate `state` right after.
+        What a save in the background failed with is raised by the next call of `save` or `wait`.
+
+        Args:
+          step: number of finished training steps.
+          state: pytree of jax arrays.
+          data_state: position of the data, of JSON's types.
+          wait: return only once the checkpoint is finished.
+        """
+        if step not in self._manager.all_steps():
+            self.wait()
+            self._saving_step = step
+            position = {"data_state": data_state, "layout": _layout(state)}
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+                ),
+                force=True,
+            )
+        if wait:
+            self.wait()
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """Restores the newest readable checkpoint, or returns None where there is none at all.
+
+        Unreadable checkpoints newer than that are warned about and renamed to `<step>.corrupt`.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, as the state's.
+
+        Raises:
+          WorkdirError: the checkpoint is of another model, or there are only unreadable ones.
+        """
+        self.wait()
+        unreadable: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if reason := find_damage(self._directory / str(step)):
+                unreadable[step] = reason
+                continue
+            restored = self._restore(step, abstract_state)
+            for bad_step, reason in unreadable.items():
+                self._set_aside(bad_step, reason, step)
+            return restored
+        if unreadable:
+            reasons = "".join(f"\n  step {step}: {why}" for step, why in unreadable.items())
+            raise WorkdirError(
+                f"no checkpoint in {self._directory} can be read:{reasons}\n"
+                "Move that directory away to train from the beginning."
+            )
+        return None
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns once a save in the background is finished."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes a save in the background and frees the threads."""
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write_checksums(self) -> None:
+        if jax.process_index() == 0:
+            # A save that failed earlier may have left a directory of the same step.
+            unfinished = self._directory.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+            newest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)
+            write_checksums(newest, ["state", "position"])
+
+    def _restore(self, step: int, abstract_state: Any) -> Restored:
+        position = self._manager.restore(
+            step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
+        ).position
+        _check_layout(self._directory / str(step), position["layout"], _layout(abstract_state))
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        ).state
+        return Restored(step, state, position["data_state"])
+
+    def _set_aside(self, step: int, reason: str, restored_step: int) -> None:
+        if jax.process_index() == 0:
+            path = self._directory / str(step)
+            aside = path.with_name(f"{step}.corrupt")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}.corrupt")
+            path.rename(aside)
+            warnings.warn(
+                f"the checkpoint of step {step} is unreadable ({reason}); it is kept as {aside}, "
+                f"and training goes on from step {restored_step}",
+                stacklevel=3,
+            )
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+
+def _layout(state: Any) -> dict[str, str]:
+    """Describes a state as {path of a leaf: dtype and shape}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _check_layout(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    lines = [
+        f"{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} here"
+        for leaf in saved | wanted
+        if saved.get(leaf) != wanted.get(leaf)
+    ]
+    if lines:
+        shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
+        raise WorkdirError(
+            f"{path} is a checkpoint of another model:\n  "
+            + "\n  ".join(shown)
+            + "\nChoose another --workdir, or run with the config and code that wrote it."
+        )

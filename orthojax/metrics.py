@@ -1,0 +1,143 @@
+"""The measurements of a run: one JSON line each in `metrics.jsonl`, and TensorBoard on demand."""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any
+
+from orthojax.errors import UserError, WorkdirError
+
+_FILE = "metrics.jsonl"
+
+
+class MetricWriter:
+    """Appends measurements to `metrics.jsonl` in a working directory.
+
+    On resume the records of later steps than `resume_step` are dropped, and so is a last line
+    that was half written, so that the file of a resumed run equals that of an undisturbed one.
+    For that, write the records of a step before its checkpoint is saved.
+
+    Args:
+      workdir: an existing directory.
+      tensorboard: whether to write TensorBoard events to `workdir/tensorboard` as well.
+      resume_step: the step of the restored checkpoint; None where training begins at the
+        beginning, and then all earlier records are dropped.
+
+    Raises:
+      UserError: TensorBoard is wanted and the extra `[tensorboard]` is not installed.
+      WorkdirError: a line of the existing file, other than the last, is not a JSON object.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = tempfile.mkdtemp()
+      >>> with MetricWriter(workdir) as writer:
+      ...     writer.write(10, "train", loss=2.25, accuracy=0.125)
+      >>> print(pathlib.Path(workdir, "metrics.jsonl").read_text(), end="")
+      {"step": 10, "kind": "train", "loss": 2.25, "accuracy": 0.125}
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        tensorboard: bool = False,
+        resume_step: int | None = None,
+    ):
+        # First, since it may fail and must then leave the file as it is.
+        self._events = _open_events(pathlib.Path(workdir), resume_step) if tensorboard else None
+        path = pathlib.Path(workdir, _FILE)
+        if path.exists():
+            kept = [] if resume_step is None else read_metrics(workdir)
+            lines = [_to_line(record) for record in kept if record["step"] <= resume_step]
+            temporary = path.with_name(f".{_FILE}.tmp")
+            temporary.write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, kind: str, **scalars: Any) -> None:
+        """Appends one record and flushes it.
+
+        Args:
+          step: number of finished training steps.
+          kind: such as `"train"` or `"test"`.
+          **scalars: numbers, or arrays of one element. NaN and infinities become null, since
+            JSON has no such numbers.
+        """
+        numbers = {name: _to_number(value) for name, value in scalars.items()}
+        self._file.write(_to_line({"step": int(step), "kind": kind, **numbers}))
+        self._file.flush()
+        if self._events is not None:
+            for name, value in numbers.items():
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """Reads the records that a `MetricWriter` wrote; null becomes NaN again.
+
+    A last line that was cut off is passed over; without a file there are no records.
+
+    Raises:
+      WorkdirError: another line than the last is not a JSON object.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = tempfile.mkdtemp()
+      >>> with MetricWriter(workdir) as writer:
+      ...     writer.write(10, "test", loss=float("inf"), accuracy=0.1)
+      >>> read_metrics(workdir)
+      [{'step': 10, 'kind': 'test', 'loss': nan, 'accuracy': 0.1}]
+    """
+    path = pathlib.Path(workdir, _FILE)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    # A record is whole once its end of line is written.
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            records.append({"step": record.pop("step"), "kind": record.pop("kind"), **record})
+        except (ValueError, AttributeError, KeyError):
+            raise WorkdirError(
+                f"{path}, line {number} is damaged; remove that line, or move the file away"
+            ) from None
+    return records
+
+
+def _to_number(value: Any) -> int | float:
+    # Arrays of NumPy and JAX of any dtype, and their scalars, have `item`.
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) else float(value)
+
+
+def _to_line(record: dict[str, Any]) -> str:
+    strict = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
+    return json.dumps(strict, allow_nan=False) + "\n"
+
+
+def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
+    try:
+        import tensorboardX
+    except ImportError:
+        raise UserError(
+            "writing TensorBoard events needs the extra [tensorboard]: "
+            "pip install 'orthojax[tensorboard]'"
+        ) from None
+    # TensorBoard hides what an interrupted run wrote at and after the purge step.
+    purge_step = 0 if resume_step is None else resume_step + 1
+    return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)

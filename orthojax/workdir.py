@@ -1,0 +1,168 @@
+"""A working directory belongs to one config, and to one training process at a time."""
+
+import contextlib
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from orthojax.config import differences, to_json
+from orthojax.errors import WorkdirError
+
+_PACKAGES = (
+    *("orthojax", "jax", "jaxlib", "flax", "optax"),
+    *("orbax-checkpoint", "tensorflow-datasets", "numpy"),
+)
+# What a process killed inside `claim` may leave behind before config.json exists.
+_BEGINNINGS = {"lock", ".config.json.tmp"}
+_held_locks: dict[tuple[int, int], int] = {}
+
+
+def claim(workdir: str | os.PathLike, config: Mapping) -> None:
+    """Makes `workdir` this run's own until the process ends, or says why it cannot be.
+
+    A new or empty directory receives `config.json` (the resolved config) and `environment.json`
+    (a list with one entry for each start of the run: versions, devices, seed, command line).
+    Where `config.json` holds an equal config the run is being resumed. The directory is locked
+    as long as the process lives; the operating system frees the lock even after `kill -9`.
+    With several JAX processes only the first one claims.
+
+    Args:
+      workdir: a path on a local or shared file system.
+      config: the resolved config, a Mapping or an ml_collections ConfigDict.
+
+    Raises:
+      WorkdirError: the path is a file or cannot be written, the directory holds the run of
+        another config or no run at all, or another process is training there.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = pathlib.Path(tempfile.mkdtemp(), "run")
+      >>> claim(workdir, {"seed": 0, "optimizer": {"learning_rate": 0.1}})
+      >>> sorted(path.name for path in workdir.iterdir())
+      ['config.json', 'environment.json', 'lock']
+    """
+    if jax.process_index() != 0:
+        return
+    workdir, config = pathlib.Path(workdir), to_json(config)
+    _open_directory(workdir)
+    _lock(workdir)
+    saved_config = workdir / "config.json"
+    if saved_config.exists():
+        changes = differences(_read_json(saved_config), config)
+        if changes:
+            raise WorkdirError(
+                f"{workdir} holds a run of another config (there -> here):\n  "
+                + "\n  ".join(changes)
+                + "\nChoose another --workdir, or run with the config that is there."
+            )
+    else:
+        write_json_atomic(saved_config, config)
+    saved_environment = workdir / "environment.json"
+    starts = _read_json(saved_environment) if saved_environment.exists() else []
+    write_json_atomic(saved_environment, [*starts, _environment(config)])
+
+
+def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
+    """Writes sorted, indented JSON that is there as a whole or not at all.
+
+    Raises:
+      ValueError: the value holds NaN or Inf, which JSON does not have.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "summary.json")
+      >>> write_json_atomic(path, {"steps": 150})
+      >>> path.read_text()
+      '{\\n  "steps": 150\\n}\\n'
+    """
+    path = pathlib.Path(path)
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    # On the same file system as the target, since os.replace is atomic only there.
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _open_directory(workdir: pathlib.Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        names = {entry.name for entry in workdir.iterdir()}
+    except (FileExistsError, NotADirectoryError):
+        raise WorkdirError(
+            f"{workdir} is a file or lies below one; choose another --workdir"
+        ) from None
+    except PermissionError as error:
+        raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
+    if "config.json" not in names and names - _BEGINNINGS:
+        raise WorkdirError(
+            f"{workdir} is not empty and holds no run (there is no config.json in it); choose a "
+            "new or empty --workdir"
+        )
+
+
+def _lock(workdir: pathlib.Path) -> None:
+    try:
+        descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError as error:
+        raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
+    status = os.fstat(descriptor)
+    identity = (status.st_dev, status.st_ino)
+    if identity in _held_locks:
+        os.close(descriptor)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise WorkdirError(
+            f"another process is training in {workdir}; wait for it, or choose another --workdir"
+        ) from None
+    _held_locks[identity] = descriptor
+
+
+def _drop_inherited_locks() -> None:
+    for descriptor in _held_locks.values():
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+# A forked data worker that outlives its killed parent must not keep the directory locked.
+os.register_at_fork(after_in_child=_drop_inherited_locks)
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir") from None
+
+
+def _environment(config: Mapping) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "seed": config.get("seed"),
+        "command": sys.argv,
+    }
