@@ -1,0 +1,115 @@
+"""Decoded splits on disk, so that a data set is decoded once on a machine and not once a run."""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import sys
+import urllib.parse
+import uuid
+import zipfile
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+
+_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A split as it is cached: images, labels, and the statistics of its pixels.
+
+    Shapes: `images` uint8 (N, H, W, C), `labels` int32 (N,), `mean` and `std` float32 (H, W, C).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def default_directory() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/orthojax/datasets`, where the variable is unset `~/.cache/orthojax/…`."""
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(root).expanduser() / "orthojax" / "datasets"
+
+
+def entry(
+    cache_dir: str | None, name: str, directory: str, split: str, downsample: int
+) -> pathlib.Path:
+    """The file of one decoded split: `<cache>/<name>/<version>/<directory's hash>/<split>.npz`.
+
+    The records' directory is in the path, so two prepared copies of a set do not displace each
+    other; its `fingerprint` is in the file, so a set prepared anew does displace its old self.
+    """
+    root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_directory()
+    place = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:16]
+    pooled = f"-downsample{downsample}" if downsample > 1 else ""
+    return root / name / place / f"{urllib.parse.quote(split, safe='')}{pooled}.npz"
+
+
+def fingerprint(directory: str) -> str:
+    """Hash of a prepared set: its metadata files, and every file's name, size and time of change.
+
+    Args:
+      directory: where the records are; `OSError` if it cannot be read.
+
+    Returns:
+      64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(directory).iterdir()):
+        stat = path.stat()
+        digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        if path.suffix == ".json":
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def read_or_build(path: pathlib.Path, key: str, build: Callable[[], Decoded]) -> Decoded:
+    """Returns what `path` holds for `key`, or builds it and leaves it there.
+
+    A file that is damaged is said to be so on stderr and replaced, one of another key is replaced.
+    The file appears whole or not at all. Where the disk refuses it, the result is returned all the
+    same, and stderr says that nothing was cached.
+
+    Args:
+      path: see `entry`.
+      key: see `fingerprint`.
+      build: called if the file does not serve.
+    """
+    decoded = _read(path, key)
+    if decoded is None:
+        decoded = build()
+        try:
+            _write(path, key, decoded)
+        except OSError as error:
+            print(f"cannot cache decoded images as {path}: {error}", file=sys.stderr)
+    return decoded
+
+
+def _read(path: pathlib.Path, key: str) -> Decoded | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:  # zip members carry a CRC, which is checked
+            if file["key"].item() != key:
+                return None
+            decoded = Decoded(*(file[field.name] for field in dataclasses.fields(Decoded)))
+    except FileNotFoundError:
+        return None
+    except _UNREADABLE as error:
+        print(f"{path} is damaged ({error}); making it anew", file=sys.stderr)
+        return None
+    return decoded
+
+
+def _write(path: pathlib.Path, key: str, decoded: Decoded) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            np.savez(file, key=np.array(key), **vars(decoded))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,163 @@
+"""`load`: a prepared data set, decoded into memory, with the statistics that normalise it."""
+
+import dataclasses
+
+import numpy as np
+
+from orthojax.data import cache, source
+from orthojax.errors import DatasetError
+
+# On the scale 0 to 1. CIFAR's pixels deviate by 0.2 or more; those at the rim of a digit hardly
+# ever do, and dividing by their own deviation would make one faint stroke the loudest input.
+STD_FLOOR = 0.05
+
+_CHUNK = 1024  # images, when summing over a split: bounds the memory of the wider integers
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and labels in memory, in the order of the records.
+
+    Shapes: `images` uint8 (N, H, W, C), `labels` int32 (N,).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Two splits, and the per-pixel mean and standard deviation of the training split.
+
+    Shapes: `mean` and `std` float32 (H, W, C), of pixels on the scale 0 to 1 (that is, divided by
+    255); `std` is nowhere below `STD_FLOOR`. Labels are 0 to `num_classes - 1`.
+    """
+
+    name: str
+    train: Split
+    test: Split
+    num_classes: int
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def load(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    downsample: int = 1,
+    train_split: str = "train",
+    test_split: str = "test",
+    cache_dir: str | None = None,
+) -> Dataset:
+    """Loads an image-classification set that TFDS has prepared, or `digits`, which needs no such.
+
+    The images are decoded the first time and cached as `.npz` files; a set prepared anew is decoded
+    anew. TensorFlow is never imported.
+
+    Args:
+      name: `digits`, or a TFDS name such as `cifar10`, `cifar100`, `svhn_cropped`, `mnist`.
+      data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      downsample: k averages k×k blocks of pixels, rounded to the nearest integer (a half to even).
+      train_split: a TFDS split, which may be sliced, such as `train[:90%]`.
+      test_split: likewise, such as `train[90%:]`.
+      cache_dir: where decoded splits are kept; None is `$XDG_CACHE_HOME/orthojax/datasets`, or
+        `~/.cache/orthojax/datasets`.
+
+    Raises:
+      DatasetError: the name or a split is unknown, the set is not prepared, or its images are not
+        uint8, of one size, and divisible by `downsample`.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as place:
+      ...     digits = load("digits", data_dir=place, cache_dir=place)
+      >>> digits.train.images.shape, len(digits.test), digits.num_classes
+      ((1437, 8, 8, 1), 360, 10)
+    """
+    found = source.find(name, data_dir)
+    _check_downsample(found, downsample)
+    train = _decoded(found, train_split, downsample, cache_dir)
+    test = _decoded(found, test_split, downsample, cache_dir)
+    return Dataset(
+        name=name,
+        train=Split(train.images, train.labels),
+        test=Split(test.images, test.labels),
+        num_classes=found.num_classes,
+        mean=train.mean,
+        std=train.std,
+    )
+
+
+def average_pool(images: np.ndarray, size: int) -> np.ndarray:
+    """Averages `size`×`size` blocks of pixels, rounded to the nearest integer, a half to even.
+
+    Rounding halves up would brighten CIFAR by an eighth of a grey level.
+
+    Args:
+      images: uint8 (N, H, W, C), H and W divisible by `size`.
+      size: at least 1.
+
+    Returns:
+      uint8 (N, H / size, W / size, C).
+
+    Example:
+      >>> average_pool(np.array([[1, 2], [3, 4]], np.uint8).reshape(1, 2, 2, 1), 2).item()
+      2
+    """
+    total = np.zeros(images[:, ::size, ::size].shape, np.float32)  # exact up to size 256
+    for row in range(size):
+        for column in range(size):
+            total += images[:, row::size, column::size]
+    return np.rint(total / size**2).astype(np.uint8)
+
+
+def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over images, for each pixel and channel.
+
+    Summed in integers, hence exact and the same on every machine up to the last division.
+
+    Args:
+      images: uint8 (N, H, W, C), N at least 1.
+
+    Returns:
+      Mean and standard deviation (of the N images, not of a population they stand for), float32
+      (H, W, C), of pixels on the scale 0 to 1; the second is at least `STD_FLOOR`.
+    """
+    total = np.zeros(images.shape[1:], np.int64)
+    squares = np.zeros(images.shape[1:], np.int64)
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK].astype(np.int64)
+        total += chunk.sum(axis=0)
+        squares += (chunk**2).sum(axis=0)
+    mean = total / len(images)
+    variance = (len(images) * squares - total**2) / len(images) ** 2
+    std = np.maximum(np.sqrt(variance) / 255, STD_FLOOR)
+    return (mean / 255).astype(np.float32), std.astype(np.float32)
+
+
+def _decoded(
+    found: source.Source, split: str, downsample: int, cache_dir: str | None
+) -> cache.Decoded:
+    def build() -> cache.Decoded:
+        if downsample > 1:  # pooling is quick and decoding is not: share the full size
+            full = _decoded(found, split, 1, cache_dir)
+            images, labels = average_pool(full.images, downsample), full.labels
+        else:
+            images, labels = source.decode(found, split)
+        return cache.Decoded(images, labels, *pixel_statistics(images))
+
+    path = cache.entry(cache_dir, found.full_name, found.directory, split, downsample)
+    return cache.read_or_build(path, cache.fingerprint(found.directory), build)
+
+
+def _check_downsample(found: source.Source, downsample: int) -> None:
+    height, width, _ = found.image_shape
+    if downsample < 1 or height % downsample or width % downsample:
+        raise DatasetError(
+            f"downsample={downsample} does not divide the {height}×{width} images of "
+            f"{found.full_name}; choose a common divisor of both sides"
+        )

@@ -1,0 +1,63 @@
+"""Preparing a data set with TFDS's own builder: the one place where TensorFlow may be imported."""
+
+import importlib.util
+
+from orthojax.data import source
+from orthojax.errors import DatasetError
+
+
+def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = None) -> str:
+    """Downloads a TFDS data set and writes it as `array_record`, which needs no TensorFlow to read.
+
+    A set that is prepared already is left as it is. Run this in a process of its own
+    (`launch/prepare_data.py`): TFDS imports TensorFlow to write any set but `digits`.
+
+    Args:
+      name: see `orthojax.data.load`.
+      data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      manual_dir: where the archives are that TFDS cannot download itself, such as ImageNet's.
+
+    Returns:
+      The directory of the prepared set.
+
+    Raises:
+      DatasetError: the name is unknown, TensorFlow is missing, an archive is missing, the
+        download failed, or the set is there in another format.
+    """
+    from orthojax.data import digits  # here, so that importing this does not import TFDS
+
+    builder = source.named_builder(name, data_dir)
+    if not source.is_prepared(builder):
+        if isinstance(builder, digits.Digits):
+            digits.prepare(builder)
+        else:
+            _download_and_prepare(name, builder, manual_dir)
+    source.check_prepared(name, builder)
+    return str(builder.data_path)
+
+
+def _download_and_prepare(name, builder, manual_dir):
+    import tensorflow_datasets as tfds
+
+    if importlib.util.find_spec("tensorflow") is None:
+        raise DatasetError(
+            f"preparing {name!r} needs TensorFlow (training does not); "
+            "install it with\n    pip install 'orthojax[prepare]'"
+        )
+    try:
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
+        )
+    except ImportError as error:
+        raise DatasetError(
+            f"preparing {name!r} needs a package that is missing: {error}; install it, or "
+            "everything that the common data sets need with\n    pip install 'orthojax[prepare]'"
+        ) from error
+    except AssertionError as error:  # TFDS's way of saying which archive it wants, and where
+        raise DatasetError(f"cannot prepare {name!r}: {error}") from error
+    except (OSError, tfds.download.DownloadError) as error:
+        raise DatasetError(
+            f"cannot prepare {name!r} in {builder.data_path}: {error}; check the network, the "
+            "disk, and whether the archives' host is up, and run the command again"
+        ) from error

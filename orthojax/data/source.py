@@ -1,0 +1,241 @@
+"""Reading prepared TFDS image-classification sets into memory, without TensorFlow."""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from orthojax.errors import DatasetError
+
+_CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
+_PROGRESS_SECONDS = 1.0
+_CLEAR_LINE = "\r\x1b[K"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A prepared TFDS set: `tfds.data_source` of its splits, and which features to read."""
+
+    builder: Any
+    image_key: str
+    label_key: str
+
+    @property
+    def full_name(self) -> str:
+        """TFDS's full name, such as `cifar10/3.0.2` or `cifar10_corrupted/fog_1/1.0.0`."""
+        return self.builder.info.full_name
+
+    @property
+    def directory(self) -> str:
+        """The directory that holds the records."""
+        return os.fspath(self.builder.data_path)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.builder.info.features[self.image_key].shape
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 to `num_classes - 1`."""
+        return self.builder.info.features[self.label_key].num_classes
+
+
+def find(name: str, data_dir: str | None) -> Source:
+    """Looks a data set up by its TFDS name; `digits` is prepared on the way if need be.
+
+    Args:
+      name: as `tfds.builder` takes it: `cifar10`, `cifar10:3.0.2`, `cifar10_corrupted/fog_1`.
+      data_dir: TFDS data directory; None is TFDS's default, `$TFDS_DATA_DIR` or
+        `~/tensorflow_datasets`.
+
+    Raises:
+      DatasetError: the name is unknown; the set is not prepared, or not as `array_record`; it is
+        not one of uint8 images of a fixed size with one class label each.
+    """
+    from orthojax.data import digits  # here, so that importing orthojax.data does not import TFDS
+
+    builder = named_builder(name, data_dir)
+    if isinstance(builder, digits.Digits) and not is_prepared(builder):
+        digits.prepare(builder)
+    check_prepared(name, builder)
+    return _checked_source(name, builder)
+
+
+def named_builder(name: str, data_dir: str | None) -> Any:
+    """The `tfds.core.DatasetBuilder` of a name; `DatasetError` names the nearest if it is unknown.
+
+    Args:
+      name: see `find`.
+      data_dir: see `find`.
+    """
+    import tensorflow_datasets as tfds
+
+    from orthojax.data import digits  # noqa: F401  (defining the class registers it with TFDS)
+
+    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    try:
+        with quiet():
+            return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError:
+        # Without the community sets, whose list TFDS reads through TensorFlow.
+        known = tfds.list_builders(with_community_datasets=False)
+        nearest = difflib.get_close_matches(name, known, n=3)
+        hint = (
+            f"did you mean {' or '.join(nearest)}?"
+            if nearest
+            else "choose digits, cifar10, cifar100, svhn_cropped, mnist, or another of TFDS's"
+        )
+        raise DatasetError(f"unknown data set {name!r}; {hint}") from None
+    # What TFDS raises for unknown versions, for unknown configs, and for other repositories' sets.
+    except (AssertionError, ValueError, ImportError) as error:
+        raise DatasetError(f"data set {name!r} cannot be used: {error}") from error
+
+
+def is_prepared(builder: Any) -> bool:
+    """Whether there are records of any format where `builder` looks for them."""
+    with quiet():
+        return builder.is_prepared()
+
+
+def check_prepared(name: str, builder: Any) -> None:
+    """Raises `DatasetError`, with the command to run, where there are no `array_record` files."""
+    if not is_prepared(builder):
+        raise DatasetError(
+            f"data set {name!r} is not prepared in {builder.data_dir_root}; prepare it with\n"
+            f"    {prepare_command(name, builder)}"
+        )
+    try:
+        builder.as_data_source(split=next(iter(builder.info.splits)))
+    except NotImplementedError as error:
+        raise DatasetError(
+            f"{builder.data_path} holds another format than array_record, which only TensorFlow "
+            "reads; remove that directory, or name another data_dir, and prepare the set with\n"
+            f"    {prepare_command(name, builder)}"
+        ) from error
+
+
+def prepare_command(name: str, builder: Any) -> str:
+    """The shell command that prepares a set where `builder` looks for it."""
+    command = ["python", "launch/prepare_data.py", name, f"--data_dir={builder.data_dir_root}"]
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        command.append("--manual_dir=WHERE_THE_ARCHIVES_ARE")
+    return shlex.join(command)
+
+
+def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Decodes every image of a split, in the order of its records, with a progress line on stderr.
+
+    Args:
+      source: from `find`.
+      split: a TFDS split, sliced or not: `train`, `train[:90%]`, `train[1000:]+test`.
+
+    Returns:
+      Images uint8 (N, H, W, C) and labels int32 (N,).
+
+    Raises:
+      DatasetError: there is no such split, it is empty, or its records cannot be read.
+    """
+    try:
+        size = source.builder.info.splits[split].num_examples
+        records = source.builder.as_data_source(split=split) if size else []
+    except ValueError as error:
+        raise DatasetError(f"split {split!r} of {source.full_name}: {error}") from error
+    if not size:
+        raise DatasetError(
+            f"split {split!r} of {source.full_name} holds no image; choose a larger one"
+        )
+
+    images = np.empty((size, *source.image_shape), np.uint8)
+    labels = np.empty(size, np.int32)
+    with quiet(), _progress(f"decoding {source.full_name} {split}", size) as show:
+        for start in range(0, size, _CHUNK):
+            rows = range(start, min(start + _CHUNK, size))
+            for row, example in zip(rows, _read(source, records, rows), strict=True):
+                images[row] = example[source.image_key]
+                labels[row] = example[source.label_key]
+            show(rows.stop)
+    return images, labels
+
+
+def _read(source: Source, records: Any, rows: range) -> list[dict[str, Any]]:
+    try:
+        return records.__getitems__(rows)
+    except RuntimeError as error:  # array_record's only one: no such file, too short, wrong hash
+        raise DatasetError(
+            f"the records in {source.directory} are damaged or incomplete ({error}); remove that "
+            "directory and prepare the set again"
+        ) from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences TFDS's warnings, which are about OpenCV, and about directories that do not exist."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _checked_source(name: str, builder: Any) -> Source:
+    import tensorflow_datasets as tfds
+
+    image_key, label_key, *_ = builder.info.supervised_keys or ("image", "label")
+    features = builder.info.features
+    if not (
+        _has(features, image_key, tfds.features.Image)
+        and _has(features, label_key, tfds.features.ClassLabel)
+    ):
+        raise DatasetError(
+            f"data set {name!r} is not of images with one class label each; its features are "
+            f"{features}; choose an image-classification set"
+        )
+    image = features[image_key]
+    if None in image.shape or image.np_dtype != np.uint8:
+        raise DatasetError(
+            f"images of data set {name!r} are {image.np_dtype} of shape {image.shape}; only uint8 "
+            "images of one fixed size can be held decoded in memory"
+        )
+    return Source(builder, image_key, label_key)
+
+
+def _has(features: Any, key: Any, kind: type) -> bool:
+    # TFDS's keys may be nested tuples or dicts of names, and its features one without a name.
+    named = isinstance(key, str) and hasattr(features, "keys") and key in features
+    return named and isinstance(features[key], kind)
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yields `show(done)`: a live line on a terminal, elsewhere one when it begins and one at last.
+
+    What is over in a second says nothing.
+    """
+    live = sys.stderr.isatty()
+    start = time.monotonic()
+    due = start + _PROGRESS_SECONDS
+    shown = False
+
+    def show(done: int) -> None:
+        nonlocal due, shown
+        if time.monotonic() > due and (live or not shown):
+            begin, end = (_CLEAR_LINE, "") if live else ("", "\n")
+            line = f"{begin}{what}: {done:,} of {total:,} images"
+            print(line, end=end, file=sys.stderr, flush=True)
+            due, shown = time.monotonic() + _PROGRESS_SECONDS, True
+
+    yield show
+    if shown:
+        begin, seconds = _CLEAR_LINE if live else "", time.monotonic() - start
+        print(f"{begin}{what}: {total:,} images in {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,207 @@
+"""Batches and augmentation: an exact, resumable stream; an exact evaluation; fair mirrors."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from orthojax.data import Split, TrainIterator, augment, eval_batches, normalize
+from orthojax.data.pipeline import epoch_permutation
+from orthojax.errors import DatasetError
+
+
+def numbered(size):
+    """A split whose images and labels both say which row they are."""
+    rows = np.arange(size)
+    images = np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (size, 2, 3, 1))
+    return Split(images=np.ascontiguousarray(images), labels=rows.astype(np.int32))
+
+
+def assert_same_batch(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_permutation_is_a_function_of_seed_and_epoch():
+    orders = {
+        (seed, epoch): tuple(epoch_permutation(seed, epoch, 50))
+        for seed in (0, 1, 2**40)
+        for epoch in (0, 1, 2)
+    }
+    assert all(sorted(order) == list(range(50)) for order in orders.values())
+    assert len(set(orders.values())) == len(orders)
+    assert tuple(epoch_permutation(1, 2, 50)) == orders[1, 2]
+
+
+def test_permutation_does_not_change_with_platform_or_version():
+    assert epoch_permutation(0, 0, 10).tolist() == [1, 4, 5, 6, 8, 2, 0, 3, 9, 7]
+    assert epoch_permutation(7, 3, 10).tolist() == [4, 5, 1, 0, 8, 3, 6, 9, 2, 7]
+
+
+def test_permutation_is_uniform():
+    first = np.array([epoch_permutation(0, epoch, 4) for epoch in range(4000)])
+    counts = np.array([[np.sum(first[:, place] == row) for row in range(4)] for place in range(4)])
+    assert np.abs(counts - 1000).max() < 5 * np.sqrt(4000 * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize("size, batch_size", [(10, 3), (10, 10), (10, 5), (7, 6), (5, 1)])
+def test_the_stream_is_the_epochs_one_after_another(size, batch_size):
+    batches = TrainIterator(numbered(size), batch_size, seed=3)
+    stream = np.concatenate([next(batches)["label"] for _ in range(4 * size)])
+    expected = np.concatenate([epoch_permutation(3, e, size) for e in range(4 * batch_size)])
+    np.testing.assert_array_equal(stream, expected)
+
+
+def test_a_batch_is_of_the_right_images():
+    split = numbered(10)
+    batch = next(TrainIterator(split, 4, seed=0))
+    assert batch["image"].shape == (4, 2, 3, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["image"], split.images[batch["label"]])
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_resuming_is_exact(stop):
+    undisturbed = TrainIterator(numbered(10), 4, seed=5)
+    batches = [next(undisturbed) for _ in range(12)]
+
+    killed = TrainIterator(numbered(10), 4, seed=5)
+    for _ in range(stop):
+        next(killed)
+    state = json.loads(json.dumps(killed.get_state()))
+    assert state["position"] == 4 * stop
+
+    resumed = TrainIterator(numbered(10), 4, seed=5)
+    next(resumed)  # wherever it stood
+    resumed.set_state(state)
+    for expected in batches[stop:]:
+        assert_same_batch(next(resumed), expected)
+
+
+def test_going_back_is_exact():
+    batches = TrainIterator(numbered(10), 4, seed=5)
+    start = batches.get_state()
+    first = [next(batches) for _ in range(6)]
+    batches.set_state(start)
+    for expected in first:
+        assert_same_batch(next(batches), expected)
+
+
+def test_another_batch_size_goes_on_in_the_same_stream():
+    whole = next(TrainIterator(numbered(10), 10, seed=1))["label"]
+    small = TrainIterator(numbered(10), 4, seed=1)
+    next(small)
+    large = TrainIterator(numbered(10), 6, seed=1)
+    large.set_state(small.get_state())
+    np.testing.assert_array_equal(next(large)["label"], whole[4:])
+
+
+@pytest.mark.parametrize("size, seed, says", [(10, 1, "seed 0.* seed 1"), (9, 0, "10.* 9")])
+def test_the_state_of_another_stream_is_refused(size, seed, says):
+    state = TrainIterator(numbered(10), 4, seed=0).get_state()
+    other = TrainIterator(numbered(size), 4, seed=seed)
+    with pytest.raises(DatasetError, match=says):
+        other.set_state(state)
+    assert other.get_state()["position"] == 0
+
+
+def test_batches_own_their_memory():
+    split = numbered(10)
+    batches = TrainIterator(split, 10, seed=0)
+    first = next(batches)
+    kept = {name: array.copy() for name, array in first.items()}
+    second = next(batches)
+    assert_same_batch(first, kept)
+    second["image"][:] = 99
+    second["label"][:] = 99
+    assert_same_batch({"label": split.labels}, {"label": numbered(10).labels})
+    np.testing.assert_array_equal(split.images, numbered(10).images)
+
+
+def test_impossible_batch_sizes():
+    with pytest.raises(DatasetError, match="batch_size 11 .* 10 images"):
+        TrainIterator(numbered(10), 11, seed=0)
+    with pytest.raises(DatasetError, match="batch_size 0 is not positive"):
+        TrainIterator(numbered(10), 0, seed=0)
+    with pytest.raises(DatasetError, match="batch_size -1 is not positive"):
+        eval_batches(numbered(10), -1)
+    with pytest.raises(ValueError, match="non-negative"):
+        TrainIterator(numbered(10), 4, seed=-1)
+
+
+@pytest.mark.parametrize("size, batch_size", [(10, 4), (10, 5), (10, 10), (10, 16), (10, 1)])
+def test_evaluation_sees_every_image_once(size, batch_size):
+    split = numbered(size)
+    batches = list(eval_batches(split, batch_size))
+    assert len(batches) == -(-size // batch_size)
+    for batch in batches:
+        assert batch["image"].shape == (batch_size, 2, 3, 1) and batch["image"].dtype == np.uint8
+        assert batch["label"].shape == (batch_size,) and batch["label"].dtype == np.int32
+        assert batch["mask"].shape == (batch_size,) and batch["mask"].dtype == np.float32
+    together = {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+    assert set(together["mask"]) <= {0, 1}
+    real = together["mask"] == 1
+    np.testing.assert_array_equal(together["label"][real], split.labels)
+    np.testing.assert_array_equal(together["image"][real], split.images)
+    assert not together["image"][~real].any() and not together["label"][~real].any()
+
+
+@pytest.fixture
+def images():
+    return np.random.default_rng(0).integers(0, 256, (256, 4, 6, 3), np.uint8)
+
+
+@pytest.fixture
+def statistics():
+    generator = np.random.default_rng(1)
+    shape = (4, 6, 3)
+    return {
+        "mean": generator.uniform(0.3, 0.6, shape).astype(np.float32),
+        "std": generator.uniform(0.1, 0.3, shape).astype(np.float32),
+    }
+
+
+def test_normalize(images, statistics):
+    result = jax.jit(normalize)(images, **statistics)
+    assert result.dtype == np.float32
+    expected = (images.astype(np.float64) / 255 - statistics["mean"]) / statistics["std"]
+    np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_image_is_mirrored_or_not(images):
+    plain = functools.partial(augment, mean=0.0, std=1 / 255, flip=True)
+    result = np.rint(jax.jit(plain)(images, jax.random.key(0)))
+    kept = (result == images).all(axis=(1, 2, 3))
+    mirrored = (result == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert (kept ^ mirrored).all()
+    assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / np.sqrt(len(images))
+    again = np.rint(jax.jit(plain)(images, jax.random.key(1)))
+    other = (again == images[:, :, ::-1]).all(axis=(1, 2, 3))
+    assert 0.3 < (mirrored == other).mean() < 0.7
+
+
+def test_mirroring_comes_before_the_per_pixel_normalisation(images, statistics):
+    key = jax.random.key(0)
+    result = augment(images, key, **statistics, flip=True)
+    flipped = np.rint(np.asarray(augment(images, key, mean=0.0, std=1 / 255, flip=True)))
+    expected = normalize(flipped.astype(np.uint8), **statistics)
+    np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_flip_only_the_normalisation_is_left(images, statistics):
+    result = augment(images, jax.random.key(0), **statistics, flip=False)
+    np.testing.assert_array_equal(result, normalize(images, **statistics))
+
+
+def test_augment_compiles_once_and_is_the_same_on_eight_devices(images, statistics):
+    compiled = jax.jit(augment, static_argnames="flip")
+    result = [compiled(images, jax.random.key(step), **statistics, flip=True) for step in range(3)]
+    assert compiled._cache_size() == 1
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    spread = compiled(jax.device_put(images, sharding), jax.random.key(2), **statistics, flip=True)
+    np.testing.assert_allclose(spread, result[2], rtol=1e-6, atol=1e-6)
