@@ -1,0 +1,20 @@
+"""Residual twins of the plain nets on CIFAR-10, in the same protocol and preset."""
+
+from ml_collections import ConfigDict
+
+from configs import cifar10_plain
+from orthojax.config import parse_arguments
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """Arguments: depth (44), preset (`full` or `cpu`), and method: `l2` or `ortho`.
+
+    `ortho` is orthonormal initialisation and regularizer; a residual net has no modulation.
+    """
+    args = parse_arguments(arguments, depth=44, method=("l2", "ortho"), preset=("full", "cpu"))
+    config = cifar10_plain.get_config(
+        f"depth={args.depth},method={args.method},preset={args.preset}"
+    )
+    config.model.name = "ResNet"
+    config.modulation = None
+    return config

@@ -1,0 +1,145 @@
+"""A config, checked and built into everything that stays the same during training."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from orthojax import data
+from orthojax.config import bind
+from orthojax.errors import ConfigError
+from orthojax.models import PlainNet, ResNet
+from orthojax.modulation import Policy
+from orthojax.optimizers import bind_named, make_optimizer
+from orthojax.sharding import batch_sharding, make_mesh
+
+MODELS = {"PlainNet": PlainNet, "ResNet": ResNet}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of a config. Sections are bound to the function or class that they configure.
+
+    Attributes:
+      dataset: arguments of `orthojax.data.load`, and `flip`: mirror training images at random.
+      model: `name` (PlainNet or ResNet) and the arguments of that class.
+      modulation: None, or the arguments of `orthojax.Policy`; `steps` may be None for always.
+      optimizer: see `orthojax.optimizers.make_optimizer`.
+      schedule: see there.
+      regularizer: see there.
+      steps: number of updates.
+      batch_size: images per update, over all devices.
+      seed: of the initialisation, the order of the data and the augmentation.
+      dtype: compute dtype of the net, such as "float32" or "bfloat16".
+      log_every: steps between records and progress lines.
+      eval_every: steps between evaluations on the test split; there is always one at the end.
+      checkpoint_every: steps between checkpoints; there is always one at the end.
+      keep_checkpoints: how many of the newest are kept.
+      tensorboard: write TensorBoard events too (extra `[tensorboard]`).
+      mesh: arguments of `orthojax.sharding.make_mesh`.
+    """
+
+    dataset: Mapping
+    model: Mapping
+    modulation: Mapping | None
+    optimizer: Mapping
+    schedule: Mapping
+    regularizer: Mapping
+    steps: int
+    batch_size: int
+    seed: int = 0
+    dtype: str = "float32"
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    keep_checkpoints: int = 3
+    tensorboard: bool = False
+    mesh: Mapping = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for key in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config stands for, built: everything that does not change during training.
+
+    Attributes:
+      settings: the config itself.
+      dataset: the images, in memory.
+      flip: whether training images are mirrored at random.
+      net: the model.
+      optimizer: regularizer and optimizer, chained.
+      schedule: the learning rate as a function of the step.
+      mesh: the devices.
+    """
+
+    settings: Settings
+    dataset: data.Dataset
+    flip: bool
+    net: nn.Module
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    mesh: Mesh
+
+    @property
+    def modulated(self) -> bool:
+        """Whether there are modulation sites that rescale anything."""
+        policy = self.net.modulation
+        return policy is not None and policy.mode != "observe"
+
+
+def build(config: Mapping) -> Experiment:
+    """Builds what a config describes; touches no working directory.
+
+    Args:
+      config: a Mapping or ConfigDict with the keys of `Settings`.
+
+    Raises:
+      ConfigError: a key is unknown, missing or impossible; the message names it.
+      DatasetError: the data set is unknown, not prepared, or smaller than a batch.
+    """
+    settings = bind(Settings, config, "")
+    mesh = bind(make_mesh, settings.mesh, "mesh")
+    batch_sharding(mesh, settings.batch_size)
+    optimizer, schedule = make_optimizer(
+        optimizer=settings.optimizer,
+        schedule=settings.schedule,
+        regularizer=settings.regularizer,
+        steps=settings.steps,
+    )
+    # Before the data: a bad depth should not wait for a data set to be decoded.
+    net = _make_net(settings)
+    arguments = dict(settings.dataset)
+    flip = arguments.pop("flip", False)
+    dataset = bind(data.load, arguments, "dataset")
+    data.TrainIterator(dataset.train, settings.batch_size, settings.seed)  # fits, or says why not
+    net = net.clone(num_classes=dataset.num_classes)
+    return Experiment(settings, dataset, flip, net, optimizer, schedule, mesh)
+
+
+def _make_net(settings: Settings) -> nn.Module:
+    policy = None
+    if settings.modulation is not None:
+        numbers = {k: v for k, v in dict(settings.modulation).items() if v is not None}
+        policy = _explained("modulation", lambda: bind(Policy, numbers, "modulation"))
+    dtype = _explained("dtype", lambda: np.dtype(jax.numpy.dtype(settings.dtype)))
+    supplied = {"modulation": policy, "dtype": dtype, "num_classes": 1}
+    return _explained("model", lambda: bind_named(MODELS, settings.model, "model", **supplied))
+
+
+def _explained(path: str, make: Callable[[], Any]) -> Any:
+    """Puts the config's key before the message of a constructor that knows no configs."""
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"`{path}`: {error}") from None

@@ -1,0 +1,226 @@
+"""`train_and_evaluate`: a config and a working directory in, a trained net and its record out."""
+
+import contextlib
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from orthojax import data
+from orthojax.analysis.curves import draw_curves
+from orthojax.checkpoint import Checkpointer
+from orthojax.errors import DivergenceError
+from orthojax.experiment import Experiment, build
+from orthojax.interrupt import Interrupted, StopRequest, stop_on_signals
+from orthojax.metrics import MetricWriter, read_metrics
+from orthojax.modulation import calibrate
+from orthojax.programs import Programs, compile_programs
+from orthojax.progress import Progress
+from orthojax.state import TrainState
+from orthojax.workdir import claim, write_json_atomic
+
+
+def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str, Any]:
+    """Trains what `config` describes in `workdir`, or goes on where a run there stopped.
+
+    Writes `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and
+    `curves.png` into `workdir`, and progress to stderr.
+
+    Args:
+      config: a Mapping or ConfigDict with the keys of `orthojax.experiment.Settings`.
+      workdir: a directory of this run's own; created when missing.
+
+    Returns:
+      What `summary.json` holds: `test_accuracy` and `test_loss` on the whole test split, `steps`,
+      `seconds` (of this call), `compile_seconds`, `images_per_second` (while training; null if
+      nothing was left to train), `parameters` (their number) and `resumed_from_step`.
+
+    Raises:
+      UserError: see `build`, `orthojax.workdir.claim` and `orthojax.checkpoint.Checkpointer`.
+      DivergenceError: the loss or a parameter is no longer finite. The last checkpoint, saved
+        while they were, is kept.
+      Interrupted: SIGINT or SIGTERM; the state has been saved.
+    """
+    start = time.monotonic()
+    workdir = pathlib.Path(workdir)
+    experiment = build(config)
+    settings = experiment.settings
+    claim(workdir, config)
+    with contextlib.ExitStack() as stack:
+        request = stack.enter_context(stop_on_signals())
+        checkpointer = stack.enter_context(
+            Checkpointer(workdir / "checkpoints", keep=settings.keep_checkpoints)
+        )
+        progress = stack.enter_context(Progress(settings.steps))
+        progress.message(_describe(experiment))
+        programs = compile_programs(experiment)
+        progress.message(f"compiled in {programs.compile_seconds:.1f} s")
+        batches = data.TrainIterator(experiment.dataset.train, settings.batch_size, settings.seed)
+
+        restored = checkpointer.restore_latest(programs.abstract_state)
+        if restored is None:
+            first_step, state = 0, _begin(experiment, programs, progress)
+        else:
+            first_step, state = restored.step, restored.state
+            batches.set_state(restored.data_state)
+            progress.message(f"resuming {workdir} from step {first_step}")
+        writer = stack.enter_context(
+            MetricWriter(workdir, settings.tensorboard, first_step if restored else None)
+        )
+        trainer = _Trainer(experiment, programs, checkpointer, writer, progress, request)
+        state = trainer.train(state, batches, first_step)
+        test = evaluate(experiment, programs, state)
+    summary = {
+        "test_accuracy": test["accuracy"],
+        "test_loss": test["loss"] if math.isfinite(test["loss"]) else None,
+        "steps": settings.steps,
+        "seconds": round(time.monotonic() - start, 2),
+        "compile_seconds": round(programs.compile_seconds, 2),
+        "images_per_second": trainer.images_per_second(),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "resumed_from_step": first_step,
+    }
+    write_json_atomic(workdir / "summary.json", summary)
+    draw_curves(read_metrics(workdir), workdir / "curves.png", title=workdir.name)
+    return summary
+
+
+def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> dict[str, float]:
+    """Mean loss and accuracy over the whole test split, every image exactly once."""
+    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    batches = data.eval_batches(experiment.dataset.test, experiment.settings.batch_size)
+    for sums in [programs.eval_step(state, programs.put(batch)) for batch in batches]:
+        for name, value in jax.device_get(sums).items():
+            totals[name] += float(value)
+    return {
+        "loss": totals["loss"] / totals["count"],
+        "accuracy": totals["correct"] / totals["count"],
+    }
+
+
+def _describe(experiment: Experiment) -> str:
+    settings, net, mesh = experiment.settings, experiment.net, experiment.mesh
+    devices = mesh.devices.flat
+    return (
+        f"{type(net).__name__}-{net.depth}, width {net.width}, on {experiment.dataset.name} "
+        f"({len(experiment.dataset.train):,} training and {len(experiment.dataset.test):,} test "
+        f"images), {settings.steps:,} steps of {settings.batch_size}, on {devices[0].platform} "
+        f"x {len(devices)}; compiling..."
+    )
+
+
+def _begin(experiment: Experiment, programs: Programs, progress: Progress) -> TrainState:
+    """The state before the first update, its modulation moments measured."""
+    state = programs.init()
+    if not experiment.modulated:
+        return state
+    settings = experiment.settings
+    first = next(data.TrainIterator(experiment.dataset.train, settings.batch_size, settings.seed))
+    batch = programs.put(first)
+
+    def measure(moments):
+        # The training step itself, so that nothing else is compiled; its update is thrown away.
+        copy = jax.tree.map(jax.numpy.copy, state.replace(moments=moments))
+        return programs.train_step(copy, batch)[0].moments
+
+    moments, passes = calibrate(measure, state.moments)
+    moments = jax.device_put(moments, jax.tree.map(lambda s: s.sharding, state.moments))
+    progress.message(f"modulation calibrated in {passes} backward passes")
+    return state.replace(moments=moments)
+
+
+class _Trainer:
+    """The loop over steps: records, evaluates, saves, and stops when it must."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        programs: Programs,
+        checkpointer: Checkpointer,
+        writer: MetricWriter,
+        progress: Progress,
+        request: StopRequest,
+    ):
+        self._experiment = experiment
+        self._settings = experiment.settings
+        self._programs = programs
+        self._checkpointer = checkpointer
+        self._writer = writer
+        self._progress = progress
+        self._request = request
+        self._pending: list[dict[str, jax.Array]] = []
+        self._trained_images = 0
+        self._training_seconds = 0.0
+
+    def train(self, state: TrainState, batches: data.TrainIterator, first_step: int) -> TrainState:
+        settings = self._settings
+        start = time.monotonic()
+        for step in range(first_step + 1, settings.steps + 1):
+            state, metrics = self._programs.train_step(state, self._programs.put(next(batches)))
+            self._pending.append(metrics)
+            last = step == settings.steps
+            stopping = self._request.signal_number is not None
+            evaluating = step % settings.eval_every == 0 or last
+            saving = step % settings.checkpoint_every == 0 or last or stopping
+            if not (step % settings.log_every == 0 or evaluating or saving):
+                continue
+            record = self._collect(step)
+            self._training_seconds += time.monotonic() - start
+            self._report(step, record, state if evaluating else None)
+            if saving:
+                self._checkpointer.save(step, state, batches.get_state(), wait=last or stopping)
+            if stopping and not last:
+                name = signal.Signals(self._request.signal_number).name
+                raise Interrupted(
+                    f"{name}: saved at step {step} of {settings.steps}; run the same command "
+                    "again to go on from there",
+                    self._request.signal_number,
+                )
+            start = time.monotonic()
+        return state
+
+    def images_per_second(self) -> float | None:
+        """Training throughput without compilation and evaluation, or None before any step."""
+        if not self._trained_images:
+            return None
+        return round(self._trained_images / self._training_seconds, 1)
+
+    def _collect(self, step: int) -> dict[str, float]:
+        """Means over the steps since the last record; raises if one of them is not finite."""
+        window = jax.device_get(self._pending)
+        self._pending.clear()
+        self._trained_images += len(window) * self._settings.batch_size
+        for offset, metrics in enumerate(window):
+            bad = [k for k in ("loss", "param_norm") if not math.isfinite(metrics[k])]
+            if bad:
+                raise DivergenceError(self._divergence(step - len(window) + 1 + offset, bad))
+        return {name: sum(float(m[name]) for m in window) / len(window) for name in window[0]}
+
+    def _divergence(self, step: int, names: list[str]) -> str:
+        self._checkpointer.wait()
+        saved = self._checkpointer.latest_step()
+        kept = "no checkpoint had been saved" if saved is None else f"step {saved} is kept"
+        return (
+            f"training diverged at step {step}: {' and '.join(names)} no longer finite ({kept}). "
+            "Try a smaller optimizer.learning_rate, a longer schedule.warmup_steps, or modulation"
+        )
+
+    def _report(self, step: int, record: dict[str, float], evaluated: TrainState | None) -> None:
+        rate = float(self._experiment.schedule(step - 1))
+        self._writer.write(step, "train", **record, learning_rate=rate)
+        test_accuracy = None
+        if evaluated is not None:
+            test = evaluate(self._experiment, self._programs, evaluated)
+            self._writer.write(step, "test", **test)
+            test_accuracy = test["accuracy"]
+        self._progress.update(
+            step,
+            loss=record["loss"],
+            train_accuracy=record["accuracy"],
+            test_accuracy=test_accuracy,
+            images_per_second=self.images_per_second(),
+        )

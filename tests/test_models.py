@@ -1,0 +1,195 @@
+"""Structure of the nets, and equality of their scanned and unrolled forms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from orthojax import Policy
+from orthojax.linen import MOMENTS
+from orthojax.models import PlainNet, ResNet, stack_blocks, unstack_blocks
+from orthojax.models.convolution import conv_general_dilated
+
+TRAINED = ("params", MOMENTS)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (4, 8, 8, 3))
+
+
+def random_variables(net, images):
+    """Variables of the right shapes without compiling an initialisation."""
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))
+    generator = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name.startswith(MOMENTS):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        offset = 1.0 if name.endswith(("var", "scale")) else 0.0
+        spread = 0.1 if offset else 0.2
+        return jnp.asarray(offset + spread * generator.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(fill, dict(shapes))
+
+
+def kernel_count(params):
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
+    return sum(kernel.shape[0] if kernel.ndim == 5 else 1 for kernel in kernels)
+
+
+@pytest.mark.parametrize("depth", [8, 14, 20, 110, 1004])
+def test_depth_counts_the_parametric_layers(depth, images):
+    net = PlainNet(depth=depth, width=4)
+    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))
+    assert kernel_count(variables["params"]) == depth
+
+
+def test_resnet_has_two_projection_shortcuts_more(images):
+    variables = jax.eval_shape(
+        lambda: ResNet(depth=20, width=4).init(jax.random.key(0), images, train=False)
+    )
+    assert kernel_count(variables["params"]) == 20 + 2
+    shortcut = variables["params"]["stage_2"]["entry"]["shortcut"]["conv"]["kernel"]
+    assert shortcut.shape == (3, 3, 4, 8)
+
+
+def test_published_parameter_counts(images):
+    """He et al. (2016), table 6: 0.27 M for 20 layers, 0.66 M for 44, 1.7 M for 110."""
+    for depth, millions in ((20, 0.27), (44, 0.66), (110, 1.7)):
+        shapes = jax.eval_shape(
+            lambda d=depth: PlainNet(depth=d).init(jax.random.key(0), images, train=False)
+        )
+        count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["params"]))
+        assert round(count / 1e6, 1 if depth == 110 else 2) == millions
+
+
+def value_and_gradients(net, variables, images):
+    def loss(trained):
+        logits, updated = net.apply(
+            {**variables, **trained}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.sum(jnp.sin(logits)), (logits, updated)
+
+    trained = {name: variables[name] for name in TRAINED if name in variables}
+    (_, (logits, updated)), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+    return logits, updated, gradients
+
+
+@pytest.mark.parametrize("kind", [PlainNet, ResNet])
+def test_scanned_and_unrolled_nets_are_one_function(kind, images):
+    modulation = Policy(tolerance=0.0) if kind is PlainNet else None
+    options = dict(depth=14, width=4, kernel_init="he", modulation=modulation)
+    scanned, unrolled = kind(**options, scan=True), kind(**options, scan=False)
+    variables = random_variables(scanned, images)
+    # A second pass too, in which the modulation scales are not one.
+    run = jax.jit(value_and_gradients, static_argnums=0)
+    if modulation:
+        variables = {**variables, MOMENTS: run(scanned, variables, images)[2][MOMENTS]}
+    actual = run(scanned, variables, images)
+    expected = run(unrolled, unstack_blocks(variables), images)
+    for ours, theirs in zip(actual, expected, strict=True):
+        if isinstance(ours, dict):
+            assert jax.tree.structure(unstack_blocks(ours)) == jax.tree.structure(theirs)
+            ours = unstack_blocks(ours)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(jnp.abs(b).max()))
+
+
+def test_stacking_is_the_inverse_of_unstacking(images):
+    net = PlainNet(depth=20, width=4, modulation=Policy())
+    variables = random_variables(net, images)
+    unstacked = unstack_blocks(variables)
+    assert "scanned" not in str(jax.tree.structure(unstacked))
+    again = stack_blocks(unstacked)
+    assert jax.tree.structure(again) == jax.tree.structure(dict(variables))
+    jax.tree.map(np.testing.assert_array_equal, again, dict(variables))
+    unrolled = net.clone(scan=False)
+    shapes = jax.eval_shape(lambda: unrolled.init(jax.random.key(0), images, train=False))
+    assert jax.tree.structure(unstacked) == jax.tree.structure(dict(shapes))
+
+
+@pytest.mark.parametrize("init", ["orthonormal", "delta_orthonormal"])
+def test_every_kernel_starts_orthonormal(init, images):
+    net = PlainNet(depth=14, width=4, kernel_init=init, bn_bias=1.5)
+    variables = unstack_blocks(jax.jit(lambda: net.init(jax.random.key(0), images, train=False))())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables["params"]):
+        if path[-1].key == "kernel":
+            matrix = np.asarray(leaf, np.float64).reshape(-1, leaf.shape[-1])
+            gram = matrix.T @ matrix
+            np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
+    block = variables["params"]["stage_2"]["block_0"]["layer_1"]
+    np.testing.assert_array_equal(block["bn"]["bias"], np.full(8, 1.5))
+    centre = np.array(block["conv"]["kernel"])
+    centre[1, 1] = 0
+    assert np.any(centre) == (init == "orthonormal")
+
+
+def test_moments_are_one_state_per_convolution(images):
+    net = PlainNet(depth=14, width=4, modulation=Policy())
+    variables = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))
+    states = jax.tree.leaves(variables[MOMENTS])
+    assert sum(int(np.prod(state.shape)) // 5 for state in states) == 13
+
+
+def test_bfloat16_keeps_parameters_and_statistics_in_float32(images):
+    net = PlainNet(depth=8, width=4, dtype=jnp.bfloat16, modulation=Policy())
+    variables = random_variables(net, images)
+    logits, updated, gradients = jax.jit(value_and_gradients, static_argnums=0)(
+        net, variables, images
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, updated, gradients))} == {
+        jnp.dtype("float32")
+    }
+    assert logits.dtype == jnp.float32
+
+
+def test_bad_depth_and_initialiser_are_named():
+    with pytest.raises(ValueError, match=r"depth=45 is not 6n \+ 2.*44 and 50"):
+        PlainNet(depth=45)
+    with pytest.raises(ValueError, match="'orthonormall' is unknown"):
+        PlainNet(kernel_init="orthonormall")
+    with pytest.raises(ValueError, match="takes no modulation"):
+        ResNet(modulation=Policy())
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "features", "window"),
+    [((9, 6), 3, 5, (3, 3)), ((2, 2), 4, 4, (3, 3)), ((8, 8), 2, 3, (5, 1)), ((4, 4), 3, 2, (1, 1))],
+)
+def test_cpu_convolution_and_its_gradient_equal_xlas(size, channels, features, window):
+    x = jax.random.normal(jax.random.key(0), (3, *size, channels))
+    kernel = jax.random.normal(jax.random.key(1), (*window, channels, features))
+    arguments = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def both(convolve):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(convolve(x, kernel, **arguments)))
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(x, kernel)
+
+    ours = str(jax.make_jaxpr(lambda: conv_general_dilated(x, kernel, **arguments))())
+    assert "custom_vjp_call" in ours  # really the other formulation
+    for a, b in zip(
+        jax.tree.leaves(both(conv_general_dilated)),
+        jax.tree.leaves(both(lax.conv_general_dilated)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_strided_and_grouped_convolutions_are_left_to_xla():
+    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    for options in (
+        dict(window_strides=(2, 2), padding="SAME"),
+        dict(window_strides=(1, 1), padding="VALID"),
+        dict(window_strides=(1, 1), padding="SAME", rhs_dilation=(2, 2)),
+    ):
+        arguments = dict(options, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        np.testing.assert_array_equal(
+            conv_general_dilated(x, kernel, **arguments),
+            lax.conv_general_dilated(x, kernel, **arguments),
+        )
