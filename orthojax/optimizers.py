@@ -113,11 +113,12 @@ def make_optimizer(
     arguments = dict(optimizer)
     if "learning_rate" not in arguments:
         raise ConfigError("missing from the config: `optimizer.learning_rate`")
-    base = arguments.pop("learning_rate")
+    base = arguments["learning_rate"]
     rates = bind_named(SCHEDULES, schedule, "schedule", base=base, steps=steps)
+    arguments["learning_rate"] = rates
     transformation = optax.chain(
         bind_named(REGULARIZERS, regularizer, "regularizer"),
-        bind_named(OPTIMIZERS, arguments, "optimizer", learning_rate=rates),
+        bind_named(OPTIMIZERS, arguments, "optimizer"),
     )
     return transformation, rates
 

@@ -50,8 +50,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": jnp.mean(_correct(logits, batch["label"])),
-            "grad_norm": optax.global_norm(grads),
-            "param_norm": optax.global_norm(params),
+            "grad_norm": optax.tree.norm(grads),
+            "param_norm": optax.tree.norm(params),
         }
         new_state = TrainState(
             step=state.step + 1,

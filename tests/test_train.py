@@ -1,0 +1,324 @@
+"""Training end to end: on a tiny net, in this process and in ones that are killed."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import cifar10_plain, cifar10_resnet, digits_plain110, digits_plain110_sgd
+from orthojax import linen, read
+from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
+from orthojax.experiment import build
+from orthojax.metrics import read_metrics
+from orthojax.programs import compile_programs
+from orthojax.train import evaluate, train_and_evaluate
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def tiny_config(**changes) -> ConfigDict:
+    config = digits_plain110.get_config("depth=8,steps=30")
+    config.model.width = 4
+    config.batch_size = 32
+    config.log_every, config.eval_every, config.checkpoint_every = 2, 6, 4
+    config.mesh.data = 1
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    summary = train_and_evaluate(tiny_config(), workdir)
+    return workdir, summary
+
+
+def final_state(workdir, config=None):
+    experiment = build(config or tiny_config())
+    programs = compile_programs(experiment)
+    from orthojax.checkpoint import Checkpointer
+
+    with Checkpointer(workdir / "checkpoints") as checkpointer:
+        return experiment, programs, checkpointer.restore_latest(programs.abstract_state)
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k != "time"} for record in records]
+
+
+def assert_bitwise_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(jax.device_get(actual)),
+        jax.tree.leaves(jax.device_get(expected)),
+        strict=True,
+    )
+    different = [jax.tree_util.keystr(path) for (path, a), b in pairs if a.tobytes() != b.tobytes()]
+    assert not different
+
+
+def test_writes_what_it_promises(finished):
+    workdir, summary = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "environment.json", "metrics.jsonl", "summary.json"} < names
+    assert {"curves.png", "checkpoints"} < names
+    assert json.loads((workdir / "summary.json").read_text()) == summary
+    assert set(summary) >= {
+        *("test_accuracy", "steps", "seconds", "images_per_second", "compile_seconds")
+    }
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    records = read_metrics(workdir)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(2, 31, 2))
+    assert [r["step"] for r in records if r["kind"] == "test"] == [6, 12, 18, 24, 30]
+    steps = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
+    assert steps == {24, 28, 30}
+
+
+def test_modulation_is_calibrated_before_the_first_update(finished):
+    workdir, _ = finished
+    _, _, restored = final_state(workdir)
+    for state in jax.tree.leaves(restored.state.moments):
+        np.testing.assert_array_equal(read(state).count, np.full(state.shape[:-1], 30))
+        assert (read(state).second_moment > 0).all()
+
+
+def test_evaluation_is_exact(finished):
+    """Against one batch of the whole split, which needs no padding."""
+    workdir, summary = finished
+    experiment, programs, restored = final_state(workdir)
+    split = experiment.dataset.test
+    assert len(split) % experiment.settings.batch_size  # so that there is padding
+    variables = {
+        "params": restored.state.params,
+        "batch_stats": restored.state.batch_stats,
+        linen.MOMENTS: restored.state.moments,
+    }
+    images = (split.images / 255 - experiment.dataset.mean) / experiment.dataset.std
+    logits = experiment.net.apply(variables, images.astype(np.float32), train=False)
+    logits = np.asarray(logits, np.float64)
+    accuracy = np.mean(np.argmax(logits, -1) == split.labels)
+    logsumexp = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    loss = np.mean(logsumexp - logits[np.arange(len(split)), split.labels])
+    test = evaluate(experiment, programs, restored.state)
+    assert test["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert test["loss"] == pytest.approx(loss, rel=1e-4)
+    assert summary["test_accuracy"] == test["accuracy"]
+
+
+def test_a_second_run_of_the_same_command_trains_no_further(finished):
+    workdir, summary = finished
+    before = read_metrics(workdir)
+    again = train_and_evaluate(tiny_config(), workdir)
+    assert again["test_accuracy"] == summary["test_accuracy"]
+    assert again["resumed_from_step"] == 30
+    assert again["images_per_second"] is None
+    assert read_metrics(workdir) == before
+
+
+def test_the_step_is_compiled_once(finished, tmp_path):
+    """No compilation at all after the first checkpoint of a run, whatever is logged or saved."""
+    del finished
+    compiled = []
+
+    def listen(event, duration, **kwargs):
+        del duration
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs.get("fun_name", event))
+
+    experiment = build(tiny_config())
+    programs = compile_programs(experiment)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        train_and_evaluate(tiny_config(), tmp_path / "run")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    steps = [name for name in compiled if "train_step" in str(name)]
+    assert len(steps) <= 1, compiled
+    # The compiled program takes no other shapes: a second compilation cannot hide.
+    state = programs.init()
+    batch = {"image": np.zeros((31, 8, 8, 1), np.uint8), "label": np.zeros(31, np.int32)}
+    with pytest.raises(TypeError):
+        programs.train_step(state, batch)
+
+
+def command(workdir, *overrides):
+    return [
+        *(sys.executable, str(ROOT / "launch" / "train.py")),
+        f"--config={ROOT / 'configs' / 'digits_plain110.py'}:depth=8,steps=30",
+        f"--workdir={workdir}",
+        *("--config.model.width=4", "--config.batch_size=32", "--config.mesh.data=1"),
+        *("--config.log_every=2", "--config.eval_every=6", "--config.checkpoint_every=4"),
+        *overrides,
+    ]
+
+
+def launch(workdir, *overrides, until=None, send=None):
+    """Runs launch/train.py; when a progress line contains `until`, sends the signal `send`."""
+    process = subprocess.Popen(
+        command(workdir, *overrides),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if until and until in line:
+            process.send_signal(send)
+            until = None
+    return process.wait(timeout=300), "".join(lines)
+
+
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(finished, tmp_path):
+    undisturbed, _ = finished
+    # By step 10 the save of step 8 has begun, so that of step 4 has finished.
+    code, output = launch(tmp_path / "run", until="step 10/30", send=signal.SIGKILL)
+    assert code == -signal.SIGKILL, output
+    code, output = launch(tmp_path / "run")
+    assert code == 0, output
+    assert "resuming" in output
+    assert_bitwise_equal(
+        final_state(tmp_path / "run")[2].state, final_state(undisturbed)[2].state
+    )
+    resumed, whole = (without_times(read_metrics(w)) for w in (tmp_path / "run", undisturbed))
+    assert resumed == whole
+
+
+def test_signals_save_before_leaving(finished, tmp_path):
+    undisturbed, _ = finished
+    every = "--config.log_every=1"  # more moments at which a line is seen
+    for number, until in ((signal.SIGTERM, "step 2/30"), (signal.SIGINT, "step 12/30")):
+        code, output = launch(tmp_path / "run", every, until=until, send=number)
+        assert code == 128 + number, output
+        assert "run the same command again" in output
+    saved = {int(p.name) for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()}
+    assert 12 <= max(saved) < 30
+    config = tiny_config(log_every=1)
+    train_and_evaluate(config, tmp_path / "run")
+    assert_bitwise_equal(
+        final_state(tmp_path / "run", config)[2].state, final_state(undisturbed)[2].state
+    )
+
+
+def test_divergence_stops_with_a_message_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = tiny_config()
+    config.optimizer.learning_rate = 1e30
+    config.schedule.warmup_steps = 0
+    with pytest.raises(DivergenceError, match="diverged at step .*learning_rate"):
+        train_and_evaluate(config, tmp_path / "run")
+    saved = [p for p in (tmp_path / "run/checkpoints").iterdir() if p.name.isdigit()]
+    for checkpoint in saved:
+        assert int(checkpoint.name) < 30
+
+
+def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_path):
+    undisturbed, _ = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    newest = workdir / "checkpoints" / "30"
+    victim = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    victim.write_bytes(victim.read_bytes()[:-7])
+    with pytest.warns(UserWarning, match="step 30 is unreadable.*from step 28"):
+        summary = train_and_evaluate(tiny_config(), workdir)
+    assert summary["resumed_from_step"] == 28
+    assert_bitwise_equal(final_state(workdir)[2].state, final_state(undisturbed)[2].state)
+
+
+def test_workdir_of_another_config_is_refused_and_untouched(finished):
+    workdir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(WorkdirError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
+        config = tiny_config()
+        config.optimizer.learning_rate = 0.5
+        train_and_evaluate(config, workdir)
+    assert before == {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_mean_loss_does_not_depend_on_the_number_of_devices(finished, tmp_path):
+    workdir, _ = finished
+    config = tiny_config()
+    config.mesh.data = 8
+    train_and_evaluate(config, tmp_path / "run")
+    losses = [
+        [r["loss"] for r in read_metrics(w) if r["kind"] == "train"]
+        for w in (workdir, tmp_path / "run")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"optimizer.learnin_rate": 0.1}, ConfigError, "did you mean `optimizer.learning_rate`"),
+        ({"model.depht": 8}, ConfigError, r"`model.depht`; did you mean `model.depth`"),
+        ({"model.depth": 9}, ConfigError, r"depth=9 is not 6n \+ 2.*8 and 14"),
+        ({"model.name": "PlaneNet"}, ConfigError, "PlainNet, ResNet"),
+        ({"modulation.tolerence": 0.1}, ConfigError, "`modulation.tolerance`"),
+        ({"modulation.decay": 2.0}, ConfigError, "modulation.*decay is 2.0"),
+        ({"regularizer.name": "orto"}, ConfigError, "ortho, l2, none"),
+        ({"dataset.name": "digit"}, DatasetError, "digits"),
+        ({"batch_size": 2048}, DatasetError, "2048.*1437"),
+        ({"dtype": "float33"}, ConfigError, "dtype.*float33"),
+        ({"steps": 0}, ConfigError, "`steps` is 0"),
+        ({"mesh.data": 64}, ConfigError, "mesh.data=64.*8 devices"),
+        ({"step": 3}, ConfigError, "unknown key `step`; did you mean `steps`"),
+    ],
+)
+def test_bad_configs_are_refused_by_name(change, error, message, tmp_path):
+    config = tiny_config()
+    with config.unlocked():
+        for key, value in change.items():
+            config.update_from_flattened_dict({key: value})
+    with pytest.raises(error, match=message):
+        train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        digits_plain110.get_config(),
+        digits_plain110_sgd.get_config(),
+        *(cifar10_plain.get_config(f"method={m}") for m in ("ortho", "isometric", "l2")),
+        cifar10_plain.get_config("depth=110,preset=cpu"),
+        *(cifar10_resnet.get_config(f"method={m}") for m in ("l2", "ortho")),
+    ],
+)
+def test_every_config_builds(config):
+    config.dataset = {"name": "digits"}  # the data sets have tests of their own
+    assert build(config).net.depth in (44, 110)
+
+
+@pytest.mark.parametrize("module", [cifar10_plain, cifar10_resnet])
+def test_config_arguments_are_checked(module):
+    with pytest.raises(ConfigError, match="dephh.*depth"):
+        module.get_config("dephh=44")
+    with pytest.raises(ConfigError, match="method"):
+        module.get_config("method=adamant")
+
+
+def test_help_is_quick_and_imports_stay_light():
+    start = time.monotonic()
+    subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), "--help"], capture_output=True, check=False
+    )
+    assert time.monotonic() - start < 10  # 1 to 2 seconds on an idle machine
+    code = (
+        "import sys, orthojax; "
+        "print([m for m in ('tensorflow', 'tensorflow_datasets', 'orbax', 'grain', 'matplotlib', "
+        "'flax') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert out.stdout.strip() == "[]"
