@@ -46,7 +46,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "width": 16,
                 "kernel_init": "orthonormal",
                 "bn_bias": 0.0,
-                "scan": not cpu,
+                "scan": True,
             },
             "modulation": {
                 "mode": "running",

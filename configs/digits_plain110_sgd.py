@@ -1,4 +1,4 @@
-"""The failure that `digits_plain110.py` cures: SGD and L2 from He initialisation, all else equal."""
+"""What `digits_plain110.py` cures: SGD and L2 from He initialisation, all else equal."""
 
 from ml_collections import ConfigDict
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the run was stopped and saved
+class Interrupted(Exception):
     """Training was asked to stop and has saved; the same command resumes it.
 
     Attributes:

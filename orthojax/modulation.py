@@ -80,9 +80,7 @@ class Policy:
 
     def __post_init__(self):
         if self.mode not in MODES:
-            raise ValueError(
-                f"Policy.mode is {self.mode!r}; it must be one of {', '.join(MODES)}"
-            )
+            raise ValueError(f"Policy.mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         _check(self.decay, "decay", lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.tolerance, "tolerance", lambda v: v >= 0, "at least 0")
         _check(self.max_scale, "max_scale", lambda v: v >= 1, "at least 1")
@@ -163,10 +161,15 @@ def scale(state: jax.Array, policy: Policy = Policy()) -> jax.Array:
     return _scale(moments.above, moments.second_moment, moments, policy)
 
 
+def _log_ratio(above, below):
+    """log(above / below), and whether both are finite and positive (0 and False elsewhere)."""
+    valid = (above > 0) & (below > 0) & jnp.isfinite(above) & jnp.isfinite(below)
+    # A difference of logarithms: the moments of very deep nets span float32's exponents.
+    return jnp.log(jnp.where(valid, above, 1)) - jnp.log(jnp.where(valid, below, 1)), valid
+
+
 def _scale(above, below, moments, policy):
-    measured = (above > 0) & (below > 0) & jnp.isfinite(above) & jnp.isfinite(below)
-    # The quotient is formed in the log domain: q of very deep nets spans float32's exponents.
-    log_ratio = jnp.log(jnp.where(measured, above, 1)) - jnp.log(jnp.where(measured, below, 1))
+    log_ratio, measured = _log_ratio(above, below)
     mismatch = jnp.abs(log_ratio) > jnp.log1p(jnp.float32(policy.tolerance))
     active = (moments.count < policy.steps) & (moments.settled == 0)
     limit = jnp.log(jnp.float32(policy.max_scale))
@@ -177,26 +180,25 @@ def _scale(above, below, moments, policy):
 def _update(state, above, below, policy):
     """Averages one step's moments into a state."""
     old = read(state)
+    # A vanished or overflowed error says nothing about the layers: it leaves the moments alone.
     usable = jnp.isfinite(above) & jnp.isfinite(below) & (below > 0)
     decay = jnp.minimum(jnp.float32(policy.decay), old.count / (old.count + 1))
-    # A moment measured after a calibration that reset the count replaces the calibrated one.
-    second_moment = decay * old.second_moment + (1 - decay) * below
-    handed_down = decay * old.above + (1 - decay) * above
 
-    comparable = usable & (above > 0) & (old.above > 0) & (old.second_moment > 0)
-    log_ratio = lambda a, b: jnp.log(jnp.where(comparable, a, 1)) - jnp.log(  # noqa: E731
-        jnp.where(comparable, b, 1)
-    )
-    change = jnp.abs(log_ratio(above, below) - log_ratio(old.above, old.second_moment))
-    drift = decay * old.drift + (1 - decay) * change
+    def average(before, now):
+        return decay * before + (1 - decay) * now
+
+    log_ratio, valid = _log_ratio(above, below)
+    old_log_ratio, old_valid = _log_ratio(old.above, old.second_moment)
+    comparable = valid & old_valid
+    drift = average(old.drift, jnp.abs(log_ratio - old_log_ratio))
     # Trust the drift only once its average has filled.
     filled = old.count * (1 - jnp.float32(policy.decay)) >= 1
-    settled = jnp.maximum(old.settled, (filled & comparable & (drift < policy.settle)) * 1.0)
+    settles = filled & comparable & (drift < policy.settle)
     new = Moments(
-        second_moment=jnp.where(usable, second_moment, old.second_moment),
-        above=jnp.where(usable, handed_down, old.above),
+        second_moment=jnp.where(usable, average(old.second_moment, below), old.second_moment),
+        above=jnp.where(usable, average(old.above, above), old.above),
         drift=jnp.where(comparable, drift, old.drift),
-        settled=settled,
+        settled=jnp.maximum(old.settled, settles.astype(jnp.float32)),
         count=old.count + 1,
     )
     return jnp.stack(new, axis=-1)
@@ -317,7 +319,9 @@ def calibrate(
             int((read(state).second_moment <= 0).sum()) for state in jax.tree.leaves(moments)
         )
         if not unmeasured:
-            return jax.tree.map(lambda s: s.at[..., Moments._fields.index("count")].set(0), moments), passes
+            return jax.tree.map(
+                lambda s: s.at[..., Moments._fields.index("count")].set(0), moments
+            ), passes
     raise FloatingPointError(
         f"after {max_passes} calibration passes {unmeasured} modulation sites have measured no "
         "finite, positive second moment: the loss has no gradient there, or the forward pass is "

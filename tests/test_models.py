@@ -158,12 +158,19 @@ def test_bad_depth_and_initialiser_are_named():
 
 @pytest.mark.parametrize(
     ("size", "channels", "features", "window"),
-    [((9, 6), 3, 5, (3, 3)), ((2, 2), 4, 4, (3, 3)), ((8, 8), 2, 3, (5, 1)), ((4, 4), 3, 2, (1, 1))],
+    [
+        ((9, 6), 3, 5, (3, 3)),
+        ((2, 2), 4, 4, (3, 3)),
+        ((8, 8), 2, 3, (5, 1)),
+        ((4, 4), 3, 2, (1, 1)),
+    ],
 )
 def test_cpu_convolution_and_its_gradient_equal_xlas(size, channels, features, window):
     x = jax.random.normal(jax.random.key(0), (3, *size, channels))
     kernel = jax.random.normal(jax.random.key(1), (*window, channels, features))
-    arguments = dict(window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    arguments = dict(
+        window_strides=(1, 1), padding="SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
     def both(convolve):
         def loss(x, kernel):

@@ -248,7 +248,9 @@ def test_same_moments_however_it_is_run(transform, mode):
 
 def test_bfloat16_activations_measure_in_float32():
     kernels, x = make_problem()
-    half = gradients(kernels.astype(jnp.bfloat16), init_state((DEPTH,)), x.astype(jnp.bfloat16), EAGER)
+    half = gradients(
+        kernels.astype(jnp.bfloat16), init_state((DEPTH,)), x.astype(jnp.bfloat16), EAGER
+    )
     assert half[1].dtype == jnp.float32
     # bfloat16 has 8 bits; its rounding accumulates over 12 layers.
     full = read(measured_states(kernels, x)).second_moment
@@ -256,7 +258,7 @@ def test_bfloat16_activations_measure_in_float32():
 
 
 def test_averaged_microbatches_give_the_state_of_the_joint_batch():
-    """Autodiff and optax.MultiSteps average; the running moments are linear in what was measured."""
+    """As accumulation averages: the running moments are linear in what was measured."""
     kernels, _ = make_problem()
     states = measured_states(kernels, make_problem(9)[1])
     parts = [gradients(kernels, states, make_problem(seed)[1], Policy())[1] for seed in range(4)]
@@ -373,9 +375,7 @@ def test_calibration_resets_the_count_and_gives_up_with_a_message():
     )
     assert passes == 1
     np.testing.assert_array_equal(read(states).count, np.zeros(DEPTH))
-    np.testing.assert_allclose(
-        read(states).second_moment, reference_moments(kernels, x), rtol=2e-4
-    )
+    np.testing.assert_allclose(read(states).second_moment, reference_moments(kernels, x), rtol=2e-4)
     with pytest.raises(FloatingPointError, match="12 modulation sites"):
         orthojax.calibrate(lambda s: gradients(0 * kernels, s, 0 * x, EAGER)[1] * 0, states)
 

@@ -187,9 +187,7 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(finished, tmp_path):
     code, output = launch(tmp_path / "run")
     assert code == 0, output
     assert "resuming" in output
-    assert_bitwise_equal(
-        final_state(tmp_path / "run")[2].state, final_state(undisturbed)[2].state
-    )
+    assert_bitwise_equal(final_state(tmp_path / "run")[2].state, final_state(undisturbed)[2].state)
     resumed, whole = (without_times(read_metrics(w)) for w in (tmp_path / "run", undisturbed))
     assert resumed == whole
 

@@ -1,4 +1,4 @@
-"""Training curves."""
+"""Training curves of one run, and of several beside each other."""
 
 import math
 import os
@@ -6,15 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
-_STYLES = {
-    "train": {"color": "#0072B2", "linewidth": 1.2},
-    "test": {"color": "#D55E00", "linewidth": 1.8, "marker": "o", "markersize": 3.5},
-}
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_THIN = {"linewidth": 1.2}
+_MARKED = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
+
+Records = Iterable[Mapping[str, Any]]
 
 
-def draw_curves(
-    records: Iterable[Mapping[str, Any]], path: str | os.PathLike, title: str = ""
-) -> None:
+def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> None:
     """Draws loss and accuracy against training steps, two panels, as a PNG.
 
     Args:
@@ -31,15 +30,55 @@ def draw_curves(
       >>> os.path.exists(path)
       True
     """
+    records = list(records)
+    lines = [
+        (records, "train", {"label": "train", "color": _COLOURS[0], **_THIN}),
+        (records, "test", {"label": "test", "color": _COLOURS[1], **_MARKED}),
+    ]
+    _draw(lines, path, title)
+
+
+def draw_comparison(
+    runs: Mapping[str, Iterable[Records]], path: str | os.PathLike, title: str = ""
+) -> None:
+    """Draws several methods in the panels of `draw_curves`, one colour each.
+
+    Training curves are thin, test curves have markers.
+
+    Args:
+      runs: from a method's name to the records of its runs, one for each seed.
+      path: the picture to write.
+      title: stands above both panels.
+
+    Example:
+      >>> import os, tempfile
+      >>> records = [{"step": s, "kind": "test", "loss": 2 / s, "accuracy": 0.5} for s in (1, 2)]
+      >>> path = os.path.join(tempfile.mkdtemp(), "comparison.png")
+      >>> draw_comparison({"plain": [records], "residual": [records, records]}, path)
+      >>> os.path.exists(path)
+      True
+    """
+    lines = []
+    for index, (name, seeds) in enumerate(runs.items()):
+        colour = _COLOURS[index % len(_COLOURS)]
+        for seed, records in enumerate(seeds):
+            records = list(records)
+            label = name if seed == 0 else None
+            lines.append((records, "train", {"color": colour, "alpha": 0.45, **_THIN}))
+            lines.append((records, "test", {"color": colour, "label": label, **_MARKED}))
+    _draw(lines, path, title)
+
+
+def _draw(lines: list[tuple[list, str, dict]], path: str | os.PathLike, title: str) -> None:
     # Without pyplot: no global state, and no window system is looked for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = list(records)
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
-    losses = _plot(loss, records, "loss", 1.0)
-    _plot(accuracy, records, "accuracy", 100.0)
+    losses = [value for line in lines for value in _plot(loss, *line, "loss", 1.0)]
+    for line in lines:
+        _plot(accuracy, *line, "accuracy", 100.0)
     # Where it spans less than a factor of ten a logarithmic axis has hardly a tick to read.
     if losses and min(losses) > 0 and max(losses) >= 10 * min(losses):
         loss.set_yscale("log")
@@ -58,17 +97,17 @@ def draw_curves(
     figure.savefig(path, dpi=150)
 
 
-def _plot(axes: Any, records: list[Mapping[str, Any]], key: str, scale: float) -> list[float]:
-    """Draws one line for each kind and returns the finite values."""
-    drawn = []
-    for kind, style in _STYLES.items():
-        points = [
-            (record["step"], scale * record[key])
-            for record in records
-            if record["kind"] == kind and math.isfinite(record.get(key, math.nan))
-        ]
-        if points:
-            steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, label=kind, **style)
-            drawn += values
-    return drawn
+def _plot(
+    axes: Any, records: list, kind: str, style: dict[str, Any], key: str, scale: float
+) -> list[float]:
+    """Draws one line and returns its finite values."""
+    points = [
+        (record["step"], scale * record[key])
+        for record in records
+        if record["kind"] == kind and math.isfinite(record.get(key, math.nan))
+    ]
+    if not points:
+        return []
+    steps, values = zip(*points, strict=True)
+    axes.plot(steps, values, **style)
+    return list(values)

@@ -1,0 +1,155 @@
+"""Initialisers that make kernels orthonormal, with the signature of `jax.nn.initializers`.
+
+An initialiser is a function `(key, shape, dtype=float32) -> array`; the last axis of `shape` is
+the output, all others the input (the layout of JAX and Flax).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from orthojax.errors import ConfigError
+from orthojax.matrices import accumulation_dtype, group_sizes
+
+
+def orthonormal(groups: str = "ceil", gain: float = 1.0):
+    """An initialiser whose kernels have orthonormal columns, `WᵀW = gain² I`, Haar distributed.
+
+    The kernel is read as `W` of shape `(f_in, f_out)`, all axes but the last against the last.
+    Gram-Schmidt on Gaussian columns, output channel by output channel, is the QR decomposition of
+    a Gaussian matrix with the signs of R's diagonal made positive; the latter is what is computed,
+    because it is stable (section 4 of the paper; Mezzadri 2007, arXiv:math-ph/0609050).
+
+    What is orthonormal: all columns if `f_out <= f_in`. Otherwise the columns of each group of
+    `orthojax.matrices.group_sizes(f_in, f_out, groups)`, groups being independent of each other.
+    A repeated random 3×3 kernel is not an isometry of the *convolution*; see `delta_orthonormal`.
+
+    Args:
+      groups: `"ceil"` or `"literal"`, the grouping to give to `optax_ortho` as well.
+      gain: Singular value of every group. `optax_ortho` pulls towards 1.
+
+    Returns:
+      `init(key, shape, dtype=float32)`; `shape` of rank >= 2, `dtype` any floating dtype. The
+      decomposition is computed in float32 (float64 for float64), then cast: a bfloat16 kernel is
+      the rounding of an orthonormal one.
+
+    Raises:
+      ConfigError: Unknown `groups`; at call time, a shape of rank < 2 or a non-floating dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> kernel = orthonormal()(jax.random.key(0), (3, 3, 16, 32))
+      >>> matrix = kernel.reshape(-1, 32)
+      >>> bool(jnp.allclose(matrix.T @ matrix, jnp.eye(32), atol=1e-5))
+      True
+    """
+    if groups == "none":
+        raise ConfigError(
+            "groups='none': more columns than rows cannot be orthonormal in one group"
+        )
+    group_sizes(1, 1, groups)
+
+    def init(key, shape, dtype=jnp.float32):
+        dtype = _floating(dtype, shape, minimum_rank=2)
+        fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
+        matrix = _grouped_columns(key, fan_in, fan_out, groups, accumulation_dtype(dtype))
+        return (gain * matrix.reshape(shape)).astype(dtype)
+
+    return init
+
+
+def delta_orthonormal(gain: float = 1.0):
+    """An initialiser whose kernels are zero but for the centre tap, a semi-orthonormal matrix.
+
+    A kernel of shape `(*window, C, M)` becomes `K[centre] = gain · A` with `A` of shape `(C, M)`
+    and `centre = (size − 1) // 2` along each window axis, so that a convolution of stride 1 is
+    `y(x) = gain · Aᵀ u(x + shift)` at every place: with circular padding its transfer matrix is
+    `A` times a phase at every frequency, and all its `min(C, M)` singular values are `gain`.
+
+    What is orthonormal, exactly (at gain 1):
+
+    - `C == M`: `AᵀA = AAᵀ = I`. The convolution is an orthogonal operator.
+    - `C > M`: `AᵀA = I`. The columns of the kernel are orthonormal, cotangents keep their norm on
+      the way down, and `optax_ortho` finds nothing to correct.
+    - `C < M` (expanding): `AAᵀ = I`. Every input keeps its norm, `‖y‖ = ‖u‖`. The `M` columns are
+      *not* orthonormal (`WᵀW` is a projection of rank `C`), so the penalty of `optax_ortho` starts
+      at `M − C` there; `orthonormal()` starts it at zero and gives up the isometry.
+    - Stride `s > 1`: the layer reads one input place in `s` per axis and drops the others; the
+      statements above hold for the places that are read: `C <= M` keeps their norm, and with
+      `C >= M` the operator's rows are orthonormal, so that cotangents keep theirs.
+
+    Source: Xiao et al. 2018, arXiv:1806.05393, algorithm 1, extended to `C > M`.
+
+    Args:
+      gain: Singular value of the convolution.
+
+    Returns:
+      `init(key, shape, dtype=float32)`; `shape` of rank >= 2 (rank 2 is a dense layer: no window),
+      `dtype` any floating dtype, computed in float32 or better, then cast.
+
+    Raises:
+      ConfigError: At call time, a shape of rank < 2 or a non-floating dtype.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> kernel = delta_orthonormal()(jax.random.key(0), (3, 3, 8, 4), jnp.bfloat16)
+      >>> centre = kernel[1, 1].astype(jnp.float32)
+      >>> bool(jnp.allclose(centre.T @ centre, jnp.eye(4), atol=2e-2)), kernel.dtype.name
+      (True, 'bfloat16')
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        dtype = _floating(dtype, shape, minimum_rank=2)
+        *window, inputs, outputs = shape
+        tall = orthonormal_columns(
+            key, max(inputs, outputs), min(inputs, outputs), accumulation_dtype(dtype)
+        )
+        tap = tall if inputs >= outputs else tall.T
+        centre = tuple((size - 1) // 2 for size in window)
+        kernel = jnp.zeros(shape, tap.dtype).at[centre].set(gain * tap)
+        return kernel.astype(dtype)
+
+    return init
+
+
+def orthonormal_columns(key, rows: int, columns: int, dtype=jnp.float32) -> jax.Array:
+    """A Haar-distributed `(rows, columns)` matrix with `QᵀQ = I`; `rows >= columns`.
+
+    Example:
+      >>> import jax
+      >>> orthonormal_columns(jax.random.key(0), 5, 3).shape
+      (5, 3)
+    """
+    gaussian = jax.random.normal(key, (rows, columns), dtype)
+    q, r = jnp.linalg.qr(gaussian)
+    # Householder QR leaves the signs of R's diagonal arbitrary. Gram-Schmidt makes them positive,
+    # and only then is Q uniformly distributed.
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
+
+
+def _grouped_columns(key, fan_in, fan_out, groups, dtype):
+    sizes = group_sizes(fan_in, fan_out, groups)
+    keys = jax.random.split(key, len(sizes))
+    whole = sum(size == sizes[0] for size in sizes)
+    parts = [
+        part
+        for first, last in ((0, whole), (whole, len(sizes)))
+        if first < last
+        for part in jax.vmap(lambda k, n=sizes[first]: orthonormal_columns(k, fan_in, n, dtype))(
+            keys[first:last]
+        )
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _floating(dtype, shape, minimum_rank):
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ConfigError(f"dtype {dtype} of a kernel of shape {tuple(shape)} is not floating")
+    if len(shape) < minimum_rank:
+        raise ConfigError(
+            f"a kernel of shape {tuple(shape)} has no matrix: rank {minimum_rank} or more is needed"
+            " (inputs, then the outputs); initialise biases and scales with something else"
+        )
+    return dtype

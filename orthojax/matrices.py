@@ -1,0 +1,280 @@
+"""Kernels as matrices: which axes are input, output and stack, column groups, and Gram products.
+
+Orthonormality is a property of a matrix `W` of shape `(f_in, f_out)`. A kernel is an array of any
+rank, so something has to say how one becomes the other. `KernelAxes` says it; `to_blocks` and
+`from_blocks` do it. What comes out are *blocks*, an array of shape `(blocks, *inputs, columns)`:
+one block for every stacked layer, every feature group and every column group, each of which is
+to be orthonormal by itself. The input axes stay apart (they are contracted together, never
+merged), so that a kernel which is sharded over one of them stays sharded.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from orthojax.errors import ConfigError
+
+GROUPINGS = ("ceil", "literal", "none")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelAxes:
+    """Dimension numbers of one kernel: the axes that make the rows and the columns of its matrix.
+
+    Axes named neither as input nor as output are stack axes: independent layers side by side, as
+    `flax.linen.scan` and `jax.vmap` make them. Negative axes count from the end.
+
+    Attributes:
+      inputs: Axes whose product is `f_in`, in the order in which they are flattened.
+      outputs: Axes whose product is `f_out`.
+      spatial: Those of `inputs` along which a convolution window slides (used by the `conv`
+        variant alone).
+      feature_groups: `feature_group_count` of a grouped convolution; the outputs are cut into that
+        many blocks, which read disjoint inputs and are therefore orthogonal to each other already.
+      strides: Window strides along `spatial`, one for all or one each (`conv` variant alone).
+
+    Example:
+      >>> KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1)).matrix_shape((3, 3, 16, 32))
+      (144, 32)
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    spatial: tuple[int, ...] = ()
+    feature_groups: int = 1
+    strides: int | tuple[int, ...] = 1
+
+    def normalised(self, ndim: int) -> "KernelAxes":
+        """These axes with every number non-negative, checked against an array of rank `ndim`.
+
+        Raises:
+          ConfigError: An axis is out of range or named twice, or there is none of either kind.
+        """
+        every = self.inputs + self.outputs + self.spatial
+        if any(not -ndim <= axis < ndim for axis in every):
+            raise ConfigError(f"{self} names an axis that an array of rank {ndim} does not have")
+        inputs, outputs, spatial = (
+            tuple(axis % ndim for axis in axes)
+            for axes in (self.inputs, self.outputs, self.spatial)
+        )
+        if len(set(inputs + outputs)) != len(inputs + outputs) or not set(spatial) <= set(inputs):
+            raise ConfigError(f"{self}: every axis once, and `spatial` among `inputs`")
+        if not outputs or not inputs:
+            raise ConfigError(f"{self}: at least one input and one output axis are needed")
+        strides = self.strides
+        if isinstance(strides, int):
+            strides = (strides,) * len(spatial)
+        if len(strides) != len(spatial):
+            raise ConfigError(f"{self}: one stride for all or one for each of `spatial`")
+        return dataclasses.replace(
+            self, inputs=inputs, outputs=outputs, spatial=spatial, strides=tuple(strides)
+        )
+
+    def stack(self, ndim: int) -> tuple[int, ...]:
+        """The stack axes of an array of rank `ndim`, ascending."""
+        axes = self.normalised(ndim)
+        return tuple(axis for axis in range(ndim) if axis not in axes.inputs + axes.outputs)
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """`(f_in, f_out)` of one stacked layer and one feature group of a kernel of this shape.
+
+        Raises:
+          ConfigError: The outputs cannot be cut into `feature_groups` equal blocks.
+        """
+        axes = self.normalised(len(shape))
+        fan_in = math.prod(shape[axis] for axis in axes.inputs)
+        fan_out = math.prod(shape[axis] for axis in axes.outputs)
+        if self.feature_groups < 1 or fan_out % self.feature_groups:
+            raise ConfigError(
+                f"{fan_out} outputs of a kernel of shape {tuple(shape)} cannot be cut into"
+                f" feature_groups={self.feature_groups} equal blocks"
+            )
+        return fan_in, fan_out // self.feature_groups
+
+
+def default_axes(ndim: int, stacked: int = 0) -> KernelAxes:
+    """The axes of a Flax or JAX kernel: `stacked` leading axes, inputs, and the output last.
+
+    All inputs but the last are taken for the window of a convolution.
+
+    Example:
+      >>> default_axes(4)
+      KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1), feature_groups=1, strides=1)
+    """
+    return KernelAxes(
+        inputs=tuple(range(stacked, ndim - 1)),
+        outputs=(ndim - 1,),
+        spatial=tuple(range(stacked, ndim - 2)),
+    )
+
+
+def group_sizes(fan_in: int, fan_out: int, grouping: str = "ceil") -> tuple[int, ...]:
+    """How many columns each group has; the groups are consecutive.
+
+    At most `fan_in` vectors of length `fan_in` can be orthonormal. With `fan_out` > `fan_in` the
+    columns are therefore made orthonormal group by group (section 4 of the paper):
+
+    - `"ceil"`: `ceil(fan_out / fan_in)` groups, whole groups of `fan_in` and then the rest.
+    - `"literal"`: the paper's count read to the letter, `fan_out // fan_in + fan_out % fan_in`:
+      whole groups of `fan_in`, then each remaining column by itself.
+    - `"none"`: one group; `WᵀW = I` is then out of reach by `fan_out − fan_in` (squared norm).
+
+    Raises:
+      ConfigError: An unknown grouping.
+
+    Example:
+      >>> group_sizes(27, 64), len(group_sizes(27, 64, "literal")), group_sizes(27, 64, "none")
+      ((27, 27, 10), 12, (64,))
+    """
+    if grouping not in GROUPINGS:
+        raise ConfigError(f"grouping={grouping!r} is unknown: choose one of {GROUPINGS}")
+    if fan_in >= fan_out or grouping == "none":
+        return (fan_out,)
+    whole, rest = divmod(fan_out, fan_in)
+    tail = (1,) * rest if grouping == "literal" else (rest,) * bool(rest)
+    return (fan_in,) * whole + tail
+
+
+def accumulation_dtype(dtype) -> jnp.dtype:
+    """The dtype of Gram products of parameters of this dtype: float32, or float64 for float64.
+
+    Example:
+      >>> accumulation_dtype("bfloat16")
+      dtype('float32')
+    """
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def to_blocks(kernel: jax.Array, axes: KernelAxes, grouping: str = "none") -> jax.Array:
+    """The matrices in a kernel, as an array of shape `(blocks, *inputs, columns)`.
+
+    Args:
+      kernel: Array of any rank >= 2 and any floating dtype.
+      axes: Which of its axes are which.
+      grouping: See `group_sizes`. Where the groups have different sizes, the smaller ones are
+        filled up with zero columns; `valid_columns` tells them apart.
+
+    Returns:
+      The blocks in `accumulation_dtype(kernel.dtype)`. The order of blocks is stack (row-major),
+      feature group, column group.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> to_blocks(jnp.ones((3, 3, 3, 64)), default_axes(4), "ceil").shape
+      (3, 3, 3, 3, 27)
+    """
+    fan_in, fan_out = axes.matrix_shape(kernel.shape)
+    sizes = group_sizes(fan_in, fan_out, grouping)
+    stack, inputs, _ = _ordered_shape(kernel.shape, axes)
+    kernel = kernel.astype(accumulation_dtype(kernel.dtype))
+    kernel = kernel.transpose(_order(kernel.ndim, axes))
+    if axes.feature_groups == 1 and len(sizes) == 1:
+        return kernel.reshape((stack, *inputs, fan_out))
+    # Split the outputs into groups, pad short ones, bring the groups to the front.
+    kernel = kernel.reshape((stack, *inputs, axes.feature_groups, fan_out))
+    kernel = _pad_groups(kernel, sizes)
+    kernel = jnp.moveaxis(kernel, (-3, -2), (1, 2))
+    return kernel.reshape((-1, *inputs, max(sizes)))
+
+
+def from_blocks(
+    blocks: jax.Array, shape: tuple[int, ...], axes: KernelAxes, grouping: str = "none"
+) -> jax.Array:
+    """The kernel of the given shape that `to_blocks` turned into these blocks (dtype unchanged).
+
+    Example:
+      >>> kernel = jnp.arange(20.0).reshape(2, 10)
+      >>> blocks = to_blocks(kernel, default_axes(2), "ceil")
+      >>> bool((from_blocks(blocks, (2, 10), default_axes(2), "ceil") == kernel).all())
+      True
+    """
+    fan_in, fan_out = axes.matrix_shape(shape)
+    sizes = group_sizes(fan_in, fan_out, grouping)
+    stack, inputs, ordered = _ordered_shape(shape, axes)
+    if axes.feature_groups > 1 or len(sizes) > 1:
+        blocks = blocks.reshape((stack, axes.feature_groups, len(sizes), *inputs, max(sizes)))
+        blocks = jnp.moveaxis(blocks, (1, 2), (-3, -2))
+        blocks = _unpad_groups(blocks, sizes)
+    order = _order(len(shape), axes)
+    inverse = tuple(sorted(range(len(shape)), key=order.__getitem__))
+    return blocks.reshape(ordered).transpose(inverse)
+
+
+def valid_columns(shape: tuple[int, ...], axes: KernelAxes, grouping: str = "none") -> np.ndarray:
+    """`(blocks, columns)`: 1 for every column of `to_blocks` from the kernel, 0 for padding.
+
+    Example:
+      >>> valid_columns((2, 3), default_axes(2), "ceil").tolist()
+      [[1.0, 1.0], [1.0, 0.0]]
+    """
+    fan_in, fan_out = axes.matrix_shape(shape)
+    sizes = group_sizes(fan_in, fan_out, grouping)
+    valid = (np.arange(max(sizes)) < np.asarray(sizes)[:, None]).astype(np.float32)
+    stack = math.prod(shape[axis] for axis in axes.stack(len(shape)))
+    return np.tile(valid, (stack * axes.feature_groups, 1))
+
+
+def gram(blocks: jax.Array) -> jax.Array:
+    """`WᵀW` of every block: `(blocks, *inputs, n)` to `(blocks, n, n)`, at full precision.
+
+    `Precision.HIGHEST` keeps TPUs from multiplying in bfloat16 and GPUs from TensorFloat-32, in
+    which the difference to the identity would be noise.
+
+    Example:
+      >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]])).tolist()
+      [[[1.0, 2.0], [2.0, 5.0]]]
+    """
+    rows = tuple(range(1, blocks.ndim - 1))
+    return jax.lax.dot_general(
+        blocks, blocks, ((rows, rows), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def times(blocks: jax.Array, matrices: jax.Array) -> jax.Array:
+    """`W M` of every block: `(blocks, *inputs, n)`, `(blocks, n, m)` to `(blocks, *inputs, m)`.
+
+    Example:
+      >>> times(jnp.ones((1, 3, 3, 2)), jnp.ones((1, 2, 5))).shape
+      (1, 3, 3, 5)
+    """
+    last = blocks.ndim - 1
+    return jax.lax.dot_general(
+        blocks, matrices, (((last,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _order(ndim, axes):
+    axes = axes.normalised(ndim)
+    return axes.stack(ndim) + axes.inputs + axes.outputs
+
+
+def _ordered_shape(shape, axes):
+    """Number of stacked layers, the shape of the inputs, and the shape after `_order`."""
+    ordered = tuple(shape[axis] for axis in _order(len(shape), axes))
+    depth = len(axes.stack(len(shape)))
+    return math.prod(ordered[:depth]), ordered[depth : depth + len(axes.inputs)], ordered
+
+
+def _pad_groups(kernel, sizes):
+    """`(..., fan_out)` to `(..., groups, max(sizes))`, short groups filled up with zeros."""
+    width, whole = max(sizes), sum(size == max(sizes) for size in sizes)
+    lead = kernel.shape[:-1]
+    parts = [kernel[..., : whole * width].reshape((*lead, whole, width))]
+    rest = kernel[..., whole * width :]
+    if rest.shape[-1]:
+        # All short groups have one size: the rest in one group, or one column each.
+        rest = rest.reshape((*lead, len(sizes) - whole, -1))
+        parts.append(jnp.pad(rest, [(0, 0)] * (rest.ndim - 1) + [(0, width - rest.shape[-1])]))
+    return jnp.concatenate(parts, axis=-2)
+
+
+def _unpad_groups(kernel, sizes):
+    width, whole = max(sizes), sum(size == max(sizes) for size in sizes)
+    lead = kernel.shape[:-2]
+    parts = [kernel[..., :whole, :].reshape((*lead, whole * width))]
+    if whole < len(sizes):
+        parts.append(kernel[..., whole:, : sizes[-1]].reshape((*lead, -1)))
+    return jnp.concatenate(parts, axis=-1)

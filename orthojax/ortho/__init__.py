@@ -1,0 +1,45 @@
+"""Orthonormal kernels: the penalty, its variants, its measures, and the nearest orthonormal kernel.
+
+views, resolution      which parameters are kernels, and their axes
+variants, conv         what is penalised, with gradients in closed form
+kernels                kernels of one shape in one product
+transformation         `optax_ortho`, `decoupled_ortho`
+measures, projection   `ortho_penalty`, `orthonormality_error`, `project_orthonormal`
+"""
+
+from orthojax.matrices import KernelAxes
+from orthojax.ortho import views
+from orthojax.ortho.conv import Conv
+from orthojax.ortho.kernels import VARIANTS
+from orthojax.ortho.measures import ortho_penalty, orthonormality_error
+from orthojax.ortho.projection import project_orthonormal
+from orthojax.ortho.transformation import OrthoState, decoupled_ortho, optax_ortho
+from orthojax.ortho.variants import (
+    SRIP,
+    Cosine,
+    Double,
+    Frobenius,
+    Layout,
+    MutualCoherence,
+    Variant,
+)
+
+__all__ = [
+    "SRIP",
+    "VARIANTS",
+    "Conv",
+    "Cosine",
+    "Double",
+    "Frobenius",
+    "KernelAxes",
+    "Layout",
+    "MutualCoherence",
+    "OrthoState",
+    "Variant",
+    "decoupled_ortho",
+    "optax_ortho",
+    "ortho_penalty",
+    "orthonormality_error",
+    "project_orthonormal",
+    "views",
+]

@@ -1,0 +1,177 @@
+"""Properties of the initialisers: what they promise to be orthonormal, measured."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthojax.errors import ConfigError
+from orthojax.initializers import delta_orthonormal, orthonormal
+from orthojax.matrices import group_sizes
+
+
+def draw(initializer, seed, shape, dtype=jnp.float32):
+    """One kernel, compiled as one program."""
+    return jax.jit(lambda key: initializer(key, shape, dtype))(jax.random.key(seed))
+
+
+def singular_values(matrix):
+    return np.linalg.svd(np.asarray(matrix, np.float64), compute_uv=False)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (6, 6), (3, 3, 4, 8)])
+@pytest.mark.parametrize("gain", [1.4])
+def test_tall_kernels_have_orthonormal_columns(shape, gain):
+    kernel = draw(orthonormal(gain=gain), 1, shape)
+    assert kernel.shape == shape and kernel.dtype == jnp.float32
+    np.testing.assert_allclose(singular_values(kernel.reshape(-1, shape[-1])), gain, rtol=1e-6)
+
+
+@pytest.mark.parametrize("groups", ["ceil", "literal"])
+@pytest.mark.parametrize("shape", [(5, 17), (1, 3), (4, 8)])
+def test_wide_kernels_are_orthonormal_group_by_group(groups, shape):
+    kernel = np.asarray(draw(orthonormal(groups), 2, shape)).reshape(-1, shape[-1])
+    sizes = group_sizes(kernel.shape[0], shape[-1], groups)
+    for group in np.split(kernel, np.cumsum(sizes)[:-1], axis=1):
+        np.testing.assert_allclose(singular_values(group), 1, rtol=1e-6)
+
+
+def test_groups_of_the_first_layer_are_27_27_10_and_independent():
+    kernel = np.asarray(draw(orthonormal(), 3, (3, 3, 3, 64))).reshape(27, 64)
+    gram = kernel.T @ kernel
+    for start, stop in [(0, 27), (27, 54), (54, 64)]:
+        np.testing.assert_allclose(
+            gram[start:stop, start:stop], np.eye(stop - start), atol=1e-6, rtol=0
+        )
+    # Unit vectors of independent groups in 27 dimensions have mean squared cosine 1/27.
+    np.testing.assert_allclose(np.mean(gram[:27, 27:54] ** 2), 1 / 27, rtol=1e-5)
+    assert np.abs(kernel[:, :27] - kernel[:, 27:54]).max() > 0.1
+
+
+def test_large():
+    kernel = np.asarray(draw(orthonormal(), 4, (3072, 1024)))
+    assert np.abs(kernel.T @ kernel - np.eye(1024)).max() < 5e-6
+
+
+@pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16])
+def test_low_precision_is_the_rounding_of_an_orthonormal_kernel(make, dtype):
+    exact = draw(make(), 5, (3, 3, 16, 16))
+    kernel = draw(make(), 5, (3, 3, 16, 16), dtype)
+    assert kernel.dtype == dtype
+    np.testing.assert_array_equal(kernel, exact.astype(dtype))
+    tolerance = 4 * float(jnp.finfo(dtype).eps)
+    values = singular_values(kernel.astype(jnp.float32).reshape(-1, 16))
+    np.testing.assert_allclose(values, 1, atol=tolerance)
+
+
+@pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
+def test_float64(make):
+    with jax.enable_x64(True):
+        kernel = draw(make(), 6, (3, 3, 8, 8), jnp.float64)
+        assert kernel.dtype == jnp.float64
+        np.testing.assert_allclose(singular_values(kernel.reshape(-1, 8)), 1, rtol=1e-14)
+
+
+@pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
+def test_seeds_are_independent_and_keys_reproduce(make):
+    shape, count = (1, 1, 8, 8), 400
+    kernels = jax.vmap(lambda key: make()(key, shape))(jax.random.split(jax.random.key(7), count))
+    matrices = np.asarray(kernels, np.float64).reshape(count, 8, 8)
+    # Haar: every entry has mean 0 and mean square 1/8, the mean trace of Q_iᵀ Q_j is 0 with
+    # variance 1. Without the sign fix the diagonal would have a negative mean.
+    assert np.abs(matrices.mean(0)).max() < 5 / np.sqrt(8 * count)
+    np.testing.assert_allclose((matrices**2).mean(0), 1 / 8, rtol=0.35)
+    overlaps = np.einsum("nij,nij->n", matrices[::2], matrices[1::2])
+    assert abs(overlaps.mean()) < 5 / np.sqrt(count / 2)
+    np.testing.assert_allclose(overlaps.var(), 1, rtol=0.5)
+    np.testing.assert_array_equal(draw(make(), 8, shape), draw(make(), 8, shape))
+
+
+def transfer_matrices(kernel, side):
+    """`(side², C, M)`: what the convolution with circular padding does at each frequency."""
+    padded = np.zeros((side, side, *kernel.shape[2:]))
+    padded[: kernel.shape[0], : kernel.shape[1]] = kernel
+    return np.fft.fft2(padded, axes=(0, 1)).reshape(-1, *kernel.shape[2:])
+
+
+@pytest.mark.parametrize("channels", [(8, 8), (8, 5), (5, 8)])
+@pytest.mark.parametrize("window", [(3, 3), (4, 1)])
+def test_delta_kernels_are_semi_orthogonal_at_every_frequency(channels, window):
+    kernel = np.asarray(draw(delta_orthonormal(1.5), 9, (*window, *channels)))
+    values = np.linalg.svd(transfer_matrices(kernel, 7), compute_uv=False)
+    assert values.shape == (49, min(channels))
+    np.testing.assert_allclose(values, 1.5, rtol=1e-6)
+
+
+def test_repeated_gram_schmidt_kernels_are_no_isometry_of_the_convolution():
+    kernel = np.asarray(draw(orthonormal(), 10, (3, 3, 8, 8)))
+    values = np.linalg.svd(transfer_matrices(kernel, 7), compute_uv=False)
+    assert values.max() / values.min() > 3
+
+
+@pytest.mark.parametrize("channels", [(4, 4), (4, 9), (9, 4)])
+def test_norms_through_the_layer(channels):
+    """Expanding layers keep the norm of signals, contracting ones that of cotangents."""
+    layer = nn.Conv(
+        channels[1], (3, 3), padding="CIRCULAR", use_bias=False, kernel_init=delta_orthonormal()
+    )
+    images = jax.random.normal(jax.random.key(11), (2, 6, 6, channels[0]))
+    params = layer.init(jax.random.key(12), images)
+    outputs, pull_back = jax.vjp(lambda x: layer.apply(params, x), images)
+    cotangents = jax.random.normal(jax.random.key(13), outputs.shape)
+    (below,) = pull_back(cotangents)
+    if channels[0] <= channels[1]:
+        np.testing.assert_allclose(jnp.linalg.norm(outputs), jnp.linalg.norm(images), rtol=1e-5)
+    if channels[0] >= channels[1]:
+        np.testing.assert_allclose(jnp.linalg.norm(below), jnp.linalg.norm(cotangents), rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [(4, 4), (4, 9), (9, 4)])
+def test_strided_layers_keep_the_norm_of_what_they_read(channels):
+    kernel = draw(delta_orthonormal(), 14, (3, 3, *channels))
+    images = jax.random.normal(jax.random.key(15), (2, 8, 8, channels[0]))
+
+    def layer(x):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    outputs, pull_back = jax.vjp(layer, images)
+    read = images[:, 1::2, 1::2]
+    if channels[0] <= channels[1]:
+        np.testing.assert_allclose(jnp.linalg.norm(outputs), jnp.linalg.norm(read), rtol=1e-5)
+    if channels[0] >= channels[1]:
+        (below,) = pull_back(outputs)
+        np.testing.assert_allclose(jnp.linalg.norm(below), jnp.linalg.norm(outputs), rtol=1e-5)
+
+
+def test_what_is_orthonormal_in_an_expanding_delta_kernel():
+    kernel = np.asarray(draw(delta_orthonormal(), 16, (3, 3, 4, 10))).reshape(36, 10)
+    values = singular_values(kernel.T @ kernel)
+    np.testing.assert_allclose(values[:4], 1, rtol=1e-6)
+    np.testing.assert_allclose(values[4:], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
+def test_in_flax_layers(make):
+    for layer, x in [
+        (nn.Dense(3, kernel_init=make()), jnp.ones((2, 4))),
+        (nn.DenseGeneral((2, 3), kernel_init=make()), jnp.ones((2, 8))),
+        (nn.Conv(6, (3, 3), kernel_init=make(), param_dtype=jnp.bfloat16), jnp.ones((1, 4, 4, 6))),
+    ]:
+        kernel = layer.init(jax.random.key(17), x)["params"]["kernel"]
+        matrix = kernel.astype(jnp.float32).reshape(kernel.shape[0] if x.ndim == 2 else 54, -1)
+        np.testing.assert_allclose(singular_values(matrix), 1, atol=2e-2)
+
+
+def test_errors():
+    for make in (orthonormal, delta_orthonormal):
+        with pytest.raises(ConfigError, match=r"\(4,\)"):
+            draw(make(), 0, (4,))
+        with pytest.raises(ConfigError, match="int32"):
+            draw(make(), 0, (4, 4), jnp.int32)
+    for groups in ("none", "ceiling"):
+        with pytest.raises(ConfigError, match="group"):
+            orthonormal(groups)

@@ -1,0 +1,124 @@
+"""Kernels to blocks and back, groups, and Gram products, against numpy in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthojax.errors import ConfigError
+from orthojax.matrices import (
+    KernelAxes,
+    accumulation_dtype,
+    default_axes,
+    from_blocks,
+    gram,
+    group_sizes,
+    times,
+    to_blocks,
+    valid_columns,
+)
+
+CASES = {
+    "dense": ((7, 5), default_axes(2), "ceil"),
+    "wide dense": ((5, 17), default_axes(2), "ceil"),
+    "wide dense, literal": ((5, 17), default_axes(2), "literal"),
+    "one row": ((1, 4), default_axes(2), "ceil"),
+    "conv": ((3, 3, 4, 6), default_axes(4), "ceil"),
+    "first layer": ((3, 3, 3, 64), default_axes(4), "ceil"),
+    "stacked conv": ((5, 3, 3, 4, 6), default_axes(5, stacked=1), "ceil"),
+    "stacked wide conv": ((2, 1, 1, 4, 6), default_axes(5, stacked=1), "ceil"),
+    "doubly stacked dense": ((2, 3, 4, 6), default_axes(4, stacked=2), "none"),
+    "depthwise": ((3, 3, 1, 8), KernelAxes((0, 1, 2), (3,), feature_groups=8), "ceil"),
+    "grouped, wide": ((1, 1, 3, 8), KernelAxes((0, 1, 2), (3,), feature_groups=2), "ceil"),
+    "OIHW": ((6, 4, 3, 3), KernelAxes((2, 3, 1), (0,)), "ceil"),
+    "two outputs": ((8, 2, 3), KernelAxes((0,), (1, 2)), "ceil"),
+    "stack in the middle, negative axes": ((4, 3, 6), KernelAxes((-3,), (-1,)), "ceil"),
+}
+
+
+def blocks_by_hand(kernel, axes, grouping):
+    """The definition: for every stacked layer, feature group and column group, its columns."""
+    axes = axes.normalised(kernel.ndim)
+    stack = axes.stack(kernel.ndim)
+    fan_in, fan_out = axes.matrix_shape(kernel.shape)
+    for index in np.ndindex(*(kernel.shape[a] for a in stack)):
+        layer = np.moveaxis(kernel, stack, range(len(stack)))[index]
+        left = [a for a in range(kernel.ndim) if a not in stack]
+        layer = layer.transpose([left.index(a) for a in axes.inputs + axes.outputs])
+        matrix = layer.reshape(fan_in, -1)
+        for feature_group in np.split(matrix, axes.feature_groups, axis=1):
+            ends = np.cumsum(group_sizes(fan_in, fan_out, grouping))[:-1]
+            yield from np.split(feature_group, ends, axis=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_are_the_matrices_of_the_definition(name):
+    shape, axes, grouping = CASES[name]
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    blocks = jax.jit(lambda k: to_blocks(k, axes, grouping))(kernel)
+    valid = valid_columns(shape, axes, grouping)
+    expected = list(blocks_by_hand(kernel, axes, grouping))
+    assert len(blocks) == len(valid) == len(expected)
+    for block, columns, matrix in zip(np.asarray(blocks), valid, expected, strict=True):
+        block = block.reshape(-1, block.shape[-1])
+        np.testing.assert_array_equal(block[:, columns == 1], matrix)
+        assert not block[:, columns == 0].any()
+    back = jax.jit(lambda b: from_blocks(b, shape, axes, grouping))(blocks)
+    np.testing.assert_array_equal(back, kernel)
+
+
+@pytest.mark.parametrize(
+    ("fan", "grouping", "sizes"),
+    [
+        ((27, 64), "ceil", (27, 27, 10)),
+        ((27, 64), "literal", (27, 27, *(1,) * 10)),
+        ((27, 64), "none", (64,)),
+        ((27, 54), "ceil", (27, 27)),
+        ((64, 27), "literal", (27,)),
+        ((9, 9), "ceil", (9,)),
+    ],
+)
+def test_group_sizes(fan, grouping, sizes):
+    assert group_sizes(*fan, grouping) == sizes
+
+
+def test_the_literal_reading_has_the_papers_count():
+    for fan_in, fan_out in [(27, 64), (5, 17), (4, 8)]:
+        assert len(group_sizes(fan_in, fan_out, "literal")) == fan_out // fan_in + fan_out % fan_in
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gram_products_are_computed_in_float32(dtype):
+    kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 16)).astype(dtype)
+    blocks = to_blocks(kernel, default_axes(4))
+    matrix = np.asarray(kernel, np.float64).reshape(72, 16)
+    assert gram(blocks).dtype == jnp.float32
+    np.testing.assert_allclose(gram(blocks)[0], matrix.T @ matrix, atol=1e-4)
+    image = times(blocks, gram(blocks))[0].reshape(72, 16)
+    np.testing.assert_allclose(image, matrix @ matrix.T @ matrix, atol=2e-3)
+
+
+def test_float64_stays_float64():
+    assert accumulation_dtype(jnp.float64) == jnp.float64
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        KernelAxes((0, 1), (1,)),
+        KernelAxes((0,), (4,)),
+        KernelAxes((), (1,)),
+        KernelAxes((0,), (1,), spatial=(1,)),
+        KernelAxes((0, 2), (1,), spatial=(0,), strides=(1, 2)),
+    ],
+)
+def test_impossible_axes_are_errors(axes):
+    with pytest.raises(ConfigError, match="KernelAxes"):
+        axes.normalised(3)
+
+
+def test_impossible_groups_are_errors():
+    with pytest.raises(ConfigError, match="feature_groups=3"):
+        KernelAxes((0,), (1,), feature_groups=3).matrix_shape((4, 8))
+    with pytest.raises(ConfigError, match="ceil"):
+        group_sizes(2, 3, "ceiling")

@@ -1,0 +1,94 @@
+"""The error of a kernel, and the nearest orthonormal one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthojax.errors import ConfigError
+from orthojax.initializers import orthonormal
+from orthojax.ortho import ortho_penalty, orthonormality_error, project_orthonormal
+
+
+def test_error_is_the_worst_group_of_the_worst_layer():
+    kernel = jax.random.normal(jax.random.key(0), (2, 3, 10))
+    found = orthonormality_error({"scanned": {"kernel": kernel, "bias": jnp.ones((2, 10))}})
+    errors = []
+    for layer in np.asarray(kernel, np.float64):
+        for group in np.split(layer, [3, 6, 9], axis=1):
+            size = group.shape[1]
+            errors.append(np.linalg.norm(group.T @ group - np.eye(size)) / np.sqrt(size))
+    assert list(found) == ["scanned/kernel"]
+    np.testing.assert_allclose(found["scanned/kernel"], max(errors), rtol=1e-5)
+
+
+def test_initial_kernels_have_no_error_and_no_penalty():
+    params = {"kernel": orthonormal()(jax.random.key(1), (3, 3, 3, 64))}
+    assert jax.jit(orthonormality_error)(params)["kernel"] < 1e-6
+    assert jax.jit(ortho_penalty)(params) < 1e-10
+
+
+def test_a_tree_without_kernels():
+    assert orthonormality_error({"bias": jnp.ones(3)}) == {}
+    assert ortho_penalty({"bias": jnp.ones(3)}) == 0
+    assert project_orthonormal({"bias": None}) == {"bias": None}
+
+
+def polar(matrix):
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    return left @ right
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+@pytest.mark.parametrize("grouping", ["ceil", "none"])
+def test_projection_is_the_polar_factor(method, grouping):
+    draw = np.random.default_rng(2).normal
+    params = {
+        "tall": {"kernel": draw(size=(3, 3, 4, 8))},
+        "wide": {"kernel": draw(size=(4, 10))},
+        "norm": {"scale": np.ones(4)},
+    }
+    single = jax.tree.map(jnp.float32, params)
+    found = jax.jit(lambda p: project_orthonormal(p, grouping=grouping, method=method))(single)
+    np.testing.assert_allclose(
+        found["tall"]["kernel"].reshape(36, 8),
+        polar(params["tall"]["kernel"].reshape(36, 8)),
+        atol=2e-6,
+    )
+    ends = [4, 8] if grouping == "ceil" else []
+    groups = np.split(params["wide"]["kernel"], ends, axis=1)
+    expected = np.concatenate([polar(group) for group in groups], axis=1)
+    np.testing.assert_allclose(found["wide"]["kernel"], expected, atol=5e-5)
+    np.testing.assert_array_equal(found["norm"]["scale"], 1)
+    if grouping == "ceil":
+        assert max(orthonormality_error(found).values()) < 2e-6
+
+
+def test_projection_of_an_orthonormal_kernel_is_itself_and_keeps_dtypes():
+    kernel = orthonormal()(jax.random.key(3), (3, 3, 4, 8))
+    found = project_orthonormal({"kernel": kernel})["kernel"]
+    np.testing.assert_allclose(found, kernel, atol=1e-6)
+    low = project_orthonormal({"kernel": 3 * kernel.astype(jnp.bfloat16)})["kernel"]
+    assert low.dtype == jnp.bfloat16
+    np.testing.assert_allclose(low.astype(jnp.float32), kernel, atol=1e-2)
+
+
+@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+def test_projection_of_ill_conditioned_kernels(method):
+    """Singular values from 1 to 1e-3, in float64 to see the method and not the conditioning."""
+    rng = np.random.default_rng(4)
+    left, right = (np.linalg.qr(rng.normal(size=shape))[0] for shape in ((12, 6), (6, 6)))
+    with jax.enable_x64(True):
+        kernel = jnp.asarray((left * np.logspace(0, -3, 6)) @ right.T)
+        found = project_orthonormal({"kernel": kernel}, method=method)["kernel"]
+    np.testing.assert_allclose(found, left @ right.T, atol=1e-11)
+
+
+def test_projection_of_zero_is_finite():
+    found = project_orthonormal({"kernel": jnp.zeros((4, 3))})["kernel"]
+    assert np.isfinite(found).all()
+
+
+def test_unknown_method():
+    with pytest.raises(ConfigError, match="newton_schulz"):
+        project_orthonormal({"kernel": jnp.eye(2)}, method="qr")

@@ -1,0 +1,115 @@
+"""On a mesh of 8 devices: updates are sharded as the parameters are, and have the same values."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from orthojax.ortho import VARIANTS, optax_ortho, orthonormality_error, project_orthonormal
+
+# Kernels of one shape that are sharded alike, a stack, a first layer with groups, a dense head.
+SHAPES = {
+    "a/kernel": (3, 3, 8, 16),
+    "b/kernel": (3, 3, 8, 16),
+    "scanned/kernel": (2, 3, 3, 8, 16),
+    "stem/kernel": (1, 1, 4, 16),
+    "head/kernel": (16, 8),
+    "head/bias": (8,),
+}
+LAYOUTS = {
+    "data": {},
+    "fsdp over inputs": {
+        "a/kernel": P(None, None, "model"),
+        "b/kernel": P(None, None, "model"),
+        "scanned/kernel": P(None, None, None, "model"),
+        "stem/kernel": P(None, None, "model"),
+        "head/kernel": P("model"),
+    },
+    "tensor parallel over outputs": {
+        "a/kernel": P(None, None, None, "model"),
+        "b/kernel": P(None, None, None, "model"),
+        "scanned/kernel": P(None, None, None, None, "model"),
+        "stem/kernel": P(None, None, None, "model"),
+        "head/kernel": P(None, "model"),
+        "head/bias": P("model"),
+    },
+    "both ways": {
+        "a/kernel": P(None, None, "data", "model"),
+        "b/kernel": P(None, None, "model", "data"),
+        "scanned/kernel": P("data", None, None, None, "model"),
+        "head/kernel": P("data", "model"),
+    },
+}
+
+
+def nested(flat):
+    tree = {}
+    for path, leaf in flat.items():
+        module, name = path.split("/")
+        tree.setdefault(module, {})[name] = leaf
+    return tree
+
+
+def sharded_params(layout, axis_type=AxisType.Auto):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    rng = np.random.default_rng(0)
+    values = {path: rng.normal(size=shape).astype("f4") / 4 for path, shape in SHAPES.items()}
+    shardings = {path: NamedSharding(mesh, LAYOUTS[layout].get(path, P())) for path in SHAPES}
+    placed = {path: jax.device_put(values[path], shardings[path]) for path in SHAPES}
+    return nested(values), nested(placed), nested(shardings)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("variant", ["frobenius", "conv"])
+def test_updates_have_the_sharding_and_the_values(layout, variant):
+    check(layout, variant)
+
+
+@pytest.mark.parametrize("variant", sorted(set(VARIANTS) - {"frobenius", "conv"}))
+def test_other_variants(variant):
+    check("both ways", variant)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_meshes_with_explicit_axes(layout):
+    check(layout, "frobenius", AxisType.Explicit)
+    _, params, _ = sharded_params(layout, AxisType.Explicit)
+    after = jax.jit(project_orthonormal)(params)
+    assert max(jax.jit(orthonormality_error)(after).values()) < 1e-5
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, params)
+
+
+def check(layout, variant, axis_type=AxisType.Auto):
+    values, params, shardings = sharded_params(layout, axis_type)
+    ortho = optax_ortho(0.1, variant=variant)
+    state = ortho.init(params)
+    # No out_shardings: what the compiler propagates by itself.
+    updates, _ = jax.jit(ortho.update)(jax.tree.map(jnp.zeros_like, params), state, params)
+    expected, _ = jax.jit(ortho.update)(jax.tree.map(np.zeros_like, values), state, values)
+    for found, exact, sharding in zip(
+        *map(jax.tree.leaves, (updates, expected, shardings)), strict=True
+    ):
+        assert found.sharding.is_equivalent_to(sharding, found.ndim)
+        np.testing.assert_allclose(found, exact, atol=2e-6)
+
+
+def collectives(layout, batched=True):
+    _, params, _ = sharded_params(layout)
+    ortho = optax_ortho(0.1, batched=batched)
+    compiled = jax.jit(ortho.update).lower(params, ortho.init(params), params).compile()
+    names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(rf" = .*? ({names})(?:-start)?\(", compiled.as_text())
+
+
+def test_data_parallel_needs_no_collectives():
+    assert not collectives("data")
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_kernels_sharded_over_inputs_are_never_gathered(batched):
+    """What crosses devices is the Gram matrices, summed, in one reduction."""
+    assert collectives("fsdp over inputs", batched) == ["all-reduce"]

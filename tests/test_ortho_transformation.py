@@ -1,0 +1,332 @@
+"""`optax_ortho` and `decoupled_ortho` among optax's other transformations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from orthojax.errors import ConfigError
+from orthojax.matrices import default_axes
+from orthojax.ortho import OrthoState, decoupled_ortho, optax_ortho, ortho_penalty
+
+
+def make_params(seed=0, dtype=jnp.float32):
+    draw = np.random.default_rng(seed).normal
+    shapes = {
+        "conv": {"kernel": (3, 3, 2, 4), "bias": (4,)},
+        "norm": {"scale": (4,), "bias": (4,)},
+        "stage": {"scanned": {"conv": {"kernel": (3, 1, 1, 4, 4), "bias": (3, 4)}}},
+        "dense": {"kernel": (4, 6), "bias": (6,)},
+        "temperature": (),
+    }
+    return jax.tree.map(
+        lambda shape: jnp.asarray(draw(size=shape) / 2, dtype),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def penalty_gradient(params, coefficient, **arguments):
+    """By autodiff of the penalty, whose value is tested against float64 elsewhere."""
+    return jax.jit(jax.grad(lambda p: ortho_penalty(p, coefficient, **arguments)))(params)
+
+
+def apply(transformation, updates, params):
+    return jax.jit(transformation.update)(updates, transformation.init(params), params)
+
+
+def zeros(params):
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+def assert_close(found, expected, atol=1e-6):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=atol)
+
+
+def test_adds_the_penalty_gradient_to_kernels_and_nothing_to_the_rest():
+    params, gradient = make_params(), make_params(1)
+    updates, state = apply(optax_ortho(0.1), gradient, params)
+    expected = jax.tree.map(jnp.add, gradient, penalty_gradient(params, 0.1))
+    assert_close(updates, expected)
+    assert state == optax.EmptyState()
+    kernels = 0
+    for (path, after), before in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(gradient), strict=True
+    ):
+        touched = bool((after != before).any())
+        assert touched == ("kernel" in str(path[-1])), path
+        kernels += touched
+    assert kernels == 3
+
+
+def test_a_stack_is_its_layers_one_by_one():
+    stack = make_params()["stage"]["scanned"]["conv"]["kernel"]
+    found, _ = apply(
+        optax_ortho(0.1), zeros({"scanned": {"kernel": stack}}), {"scanned": {"kernel": stack}}
+    )
+    for layer, gradient in zip(stack, found["scanned"]["kernel"], strict=True):
+        matrix = np.asarray(layer, np.float64).reshape(-1, 4)
+        expected = 0.2 * matrix @ (matrix.T @ matrix - np.eye(4))
+        np.testing.assert_allclose(gradient.reshape(-1, 4), expected, atol=1e-6)
+
+
+def test_one_product_for_all_kernels_of_one_shape():
+    params = {
+        f"layer{n}": {"kernel": jax.random.normal(jax.random.key(n), (3, 3, 4, 4)) / 6}
+        for n in range(40)
+    }
+    params["stage"] = {"scanned": {"kernel": jnp.ones((10, 3, 3, 4, 4)) / 6}}
+    params["head"] = {"kernel": jnp.ones((4, 3))}
+
+    def products(batched):
+        ortho = optax_ortho(batched=batched)
+        text = str(jax.make_jaxpr(lambda p: ortho.update(p, ortho.init(p), p)[0])(params))
+        return text.count("dot_general")
+
+    assert products(batched=True) == 4  # two shapes, WᵀW and W E
+    assert products(batched=False) == 84
+    together, apart = (
+        apply(optax_ortho(batched=b), zeros(params), params)[0] for b in (True, False)
+    )
+    assert_close(together, apart)
+
+
+def test_params_none_raises_optax_message():
+    with pytest.raises(ValueError) as error:
+        optax_ortho().update(make_params(), optax.EmptyState(), None)
+    with pytest.raises(ValueError) as theirs:
+        optax.add_decayed_weights(0.1).update(make_params(), optax.EmptyState(), None)
+    assert str(error.value) == str(theirs.value)
+
+
+def test_trees_that_do_not_agree_are_an_error():
+    params = make_params()
+    with pytest.raises(ValueError):
+        optax_ortho().update({"other": jnp.ones((2, 2))}, optax.EmptyState(), params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dtype_is_kept_and_products_are_float32(dtype):
+    params, gradient = make_params(dtype=dtype), make_params(1, dtype)
+    updates, _ = apply(optax_ortho(0.1), gradient, params)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), (gradient, params))
+    expected = jax.tree.map(jnp.add, wide[0], penalty_gradient(wide[1], 0.1))
+    for found, exact in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
+        assert found.dtype == dtype
+        # One rounding, of the sum.
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=eps, atol=eps / 64)
+
+
+def test_mixed_dtypes_keep_the_updates_dtype():
+    params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
+    updates, _ = apply(optax_ortho(0.1), {"kernel": jnp.ones((4, 4))}, params)
+    assert updates["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("form", [optax_ortho, decoupled_ortho])
+def test_schedules(form):
+    params = make_params()
+    schedule = optax.piecewise_constant_schedule(0.1, {1: 0.5, 2: 0.0})
+    ortho = form(schedule)
+    state, sign = ortho.init(params), 1 if form is optax_ortho else -1
+    assert isinstance(state, OrthoState) and state.count.dtype == jnp.int32
+    update = jax.jit(ortho.update)
+    for step, value in enumerate([0.1, 0.05, 0.0]):
+        assert state.count == step
+        updates, state = update(zeros(params), state, params)
+        expected = jax.tree.map(lambda g, v=value: sign * v * g, penalty_gradient(params, 1.0))
+        assert_close(updates, expected)
+
+
+def test_the_second_call_does_not_compile():
+    params = make_params()
+    for coefficient in (0.1, optax.cosine_decay_schedule(0.1, 10), jnp.float32(0.1)):
+        ortho = optax_ortho(coefficient)
+        count = 0
+
+        @jax.jit
+        def update(updates, state, params, ortho=ortho):
+            nonlocal count
+            count += 1
+            return ortho.update(updates, state, params)
+
+        updates, state = update(params, ortho.init(params), params)
+        update(updates, state, optax.apply_updates(params, updates))
+        assert count == 1
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"conv": True, "norm": True, "stage": False, "dense": False, "temperature": True},
+        lambda params: jax.tree_util.tree_map_with_path(
+            lambda path, leaf: "conv" in str(path[0]), params
+        ),
+    ],
+    ids=["prefix tree", "function"],
+)
+def test_masks(mask):
+    params = make_params()
+    updates, _ = apply(optax_ortho(0.1, mask=mask), zeros(params), params)
+    expected = penalty_gradient(params, 0.1)
+    assert_close(updates["conv"], expected["conv"])
+    assert not any(leaf.any() for leaf in jax.tree.leaves((updates["dense"], updates["stage"])))
+
+
+def test_views_and_masks_as_trees_inside_optax_masked_and_multi_transform():
+    params = make_params()
+    axes = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            default_axes(leaf.ndim, int("scanned" in str(path)))
+            if "kernel" in str(path[-1])
+            else None
+        ),
+        params,
+    )
+    everywhere = jax.tree.map(lambda _: True, params)
+    labels = {"conv": "a", "norm": "b", "stage": "b", "dense": "a", "temperature": "b"}
+    ortho = optax_ortho(0.1, view=axes, mask=everywhere)
+    expected = penalty_gradient(params, 0.1)
+    both = optax.multi_transform({"a": ortho, "b": optax.set_to_zero()}, labels)
+    masked = optax.masked(ortho, {key: label == "a" for key, label in labels.items()})
+    for transformation in (both, masked):
+        updates, _ = apply(transformation, zeros(params), params)
+        assert_close((updates["conv"], updates["dense"]), (expected["conv"], expected["dense"]))
+        assert not updates["stage"]["scanned"]["conv"]["kernel"].any()
+    full, _ = apply(ortho, zeros(params), params)
+    assert_close(full, expected)
+
+
+def test_none_leaves():
+    params = {"a": {"kernel": jnp.ones((3, 3)), "b": None}, "c": None, "d": {"kernel": jnp.eye(3)}}
+    gradient = {"a": {"kernel": None, "b": None}, "c": None, "d": {"kernel": jnp.ones((3, 3))}}
+    updates, _ = apply(optax_ortho(0.1), gradient, params)
+    assert updates["a"]["kernel"] is None
+    np.testing.assert_allclose(updates["d"]["kernel"], 1)
+
+
+def test_inject_hyperparams():
+    params = make_params()
+    ortho = optax.inject_hyperparams(optax_ortho)(coefficient=0.1)
+    state = ortho.init(params)
+    update = jax.jit(ortho.update)
+    assert_close(update(zeros(params), state, params)[0], penalty_gradient(params, 0.1))
+    state.hyperparams["coefficient"] = jnp.float32(0.3)
+    assert_close(update(zeros(params), state, params)[0], penalty_gradient(params, 0.3))
+    scheduled = optax.inject_hyperparams(optax_ortho, static_args=("mask",))(
+        coefficient=lambda count: 0.1 * (count + 1), mask=lambda params: True
+    )
+    assert_close(apply(scheduled, zeros(params), params)[0], penalty_gradient(params, 0.1))
+
+
+def test_multi_steps():
+    params, gradients = make_params(), [make_params(1), make_params(2)]
+    inner = optax.chain(optax_ortho(0.1), optax.sgd(0.5))
+    steps = optax.MultiSteps(inner, every_k_schedule=2)
+    state, update = steps.init(params), jax.jit(steps.update)
+    first, state = update(gradients[0], state, params)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(first))
+    second, state = update(gradients[1], state, params)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+    assert_close(second, apply(inner, mean, params)[0])
+
+
+def test_apply_if_finite():
+    params, gradient = make_params(), make_params(1)
+    inner = optax.chain(optax_ortho(0.1), optax.sgd(0.5))
+    guarded = optax.apply_if_finite(inner, max_consecutive_errors=3)
+    assert_close(apply(guarded, gradient, params)[0], apply(inner, gradient, params)[0])
+    broken = {**gradient, "dense": {**gradient["dense"], "kernel": jnp.full((4, 6), jnp.nan)}}
+    updates, state = apply(guarded, broken, params)
+    assert state.notfinite_count == 1
+    assert not any(leaf.any() for leaf in jax.tree.leaves(updates))
+
+
+def test_init_on_shapes_and_tree_map_params():
+    params = make_params()
+    shapes = jax.eval_shape(lambda: params)
+    for coefficient in (0.1, optax.constant_schedule(0.1)):
+        ortho = optax_ortho(coefficient)
+        chain = optax.chain(ortho, optax.sgd(0.1, momentum=0.9))
+        assert jax.eval_shape(chain.init, shapes) == jax.eval_shape(chain.init, params)
+        assert jax.tree.structure(ortho.init(shapes)) == jax.tree.structure(ortho.init(params))
+        state = chain.init(params)
+        doubled = optax.tree_map_params(chain, lambda x: 2 * x, state)
+        assert jax.tree.structure(doubled) == jax.tree.structure(state)
+
+
+def test_init_reports_what_cannot_be_read():
+    params = {"video": {"kernel": jnp.ones((3, 3, 3, 4, 4))}}
+    with pytest.raises(ConfigError, match=r"'video/kernel' of shape \(3, 3, 3, 4, 4\)"):
+        optax_ortho().init(params)
+    with pytest.raises(ConfigError, match="complex"):
+        optax_ortho().init({"kernel": jnp.ones((2, 2), jnp.complex64)})
+    with pytest.raises(ConfigError, match="'dense/kernel'"):
+        optax_ortho(view={"conv": None}).init({"dense": {"kernel": jnp.ones((2, 2))}})
+
+
+def test_before_the_momentum_it_is_the_gradient_of_a_penalised_loss():
+    params = make_params()
+    target = make_params(1)
+
+    def loss(p):
+        return sum(
+            jnp.sum((a - b) ** 2) for a, b in zip(*map(jax.tree.leaves, (p, target)), strict=True)
+        )
+
+    def train(optimizer, loss):
+        def step(carry, _):
+            p, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(p), state, p)
+            return (optax.apply_updates(p, updates), state), None
+
+        return jax.jit(lambda p: jax.lax.scan(step, (p, optimizer.init(p)), None, length=10)[0][0])(
+            params
+        )
+
+    sgd = optax.sgd(0.02, momentum=0.9)
+    with_ortho = train(optax.chain(optax_ortho(0.1), sgd), loss)
+    penalised = train(sgd, lambda p: loss(p) + ortho_penalty(p, 0.1))
+    assert_close(with_ortho, penalised, atol=1e-5)
+
+
+def test_decoupled_forms_leave_the_moments_alone():
+    """After Adam's rescaling, the penalty is in no moment; at the end, not even times the rate."""
+    params, gradient = make_params(), make_params(1)
+    plain = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(0.01))
+    between = optax.chain(
+        optax.scale_by_adam(), optax_ortho(0.1), optax.scale_by_learning_rate(0.01)
+    )
+    last = optax.chain(optax.adam(0.01), decoupled_ortho(0.1))
+    penalty = penalty_gradient(params, 0.1)
+    reference, plain_state = apply(plain, gradient, params)
+    for optimizer, rate in ((between, 0.01), (last, 1.0)):
+        updates, state = apply(optimizer, gradient, params)
+        expected = jax.tree.map(lambda u, p, r=rate: u - r * p, reference, penalty)
+        assert_close(updates, expected)
+        moments = state[0] if rate == 0.01 else state[0][0]
+        assert_close(moments.mu, plain_state[0].mu)
+        assert_close(moments.nu, plain_state[0].nu)
+    coupled = optax.chain(optax_ortho(0.1), optax.scale_by_adam())
+    _, state = apply(coupled, gradient, params)
+    difference = state[1].mu["dense"]["kernel"] - plain_state[0].mu["dense"]["kernel"]
+    np.testing.assert_allclose(difference, 0.1 * penalty["dense"]["kernel"], atol=1e-6)
+
+
+@pytest.mark.parametrize(("coefficient", "factor"), [(0.05, 0.8), (0.25, 0.0), (0.45, -0.8)])
+def test_decoupled_rate_of_return(coefficient, factor):
+    """An error ε of a singular value becomes (1 − 4λ) ε."""
+    params = {"kernel": 1.001 * jnp.eye(4)}
+    updates, _ = apply(decoupled_ortho(coefficient), zeros(params), params)
+    after = optax.apply_updates(params, updates)["kernel"]
+    np.testing.assert_allclose(jnp.diag(after) - 1, factor * 1e-3, atol=5e-6)
+
+
+def test_a_zero_coefficient_changes_nothing():
+    params, gradient = make_params(), make_params(1)
+    updates, _ = optax_ortho(0.0).update(gradient, optax.EmptyState(), params)
+    assert updates is gradient
