@@ -320,3 +320,18 @@ def test_help_is_quick_and_imports_stay_light():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert out.stdout.strip() == "[]"
+
+
+def test_trains_on_real_cifar10(tmp_path):
+    data_dir = os.environ.get("ORTHOJAX_DATA_DIR")
+    if not data_dir:
+        pytest.skip("ORTHOJAX_DATA_DIR names no TFDS data directory with a prepared cifar10")
+    config = cifar10_plain.get_config("depth=8,method=isometric,preset=cpu")
+    config.update({"steps": 60, "batch_size": 64, "eval_every": 60})
+    config.dataset.data_dir = data_dir
+    config.model.width = 8
+    config.mesh.data = 1
+    summary = train_and_evaluate(config, tmp_path / "run")
+    assert summary["test_accuracy"] > 0.18  # chance is 0.1
+    losses = [r["loss"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert losses[-1] < losses[0]

@@ -159,8 +159,7 @@ def map_blocks(
     buckets = collections.defaultdict(list)
     for number, (array, kernel) in enumerate(kernels):
         alone = number if not batched or array.size > LARGEST_BATCHED else None
-        # Known only on meshes with explicit axes; elsewhere it is the same for all.
-        sharding = jax.typeof(array).sharding
+        sharding = _explicit_sharding(array)
         buckets[kernel.layout(array.dtype), sharding, alone].append(number)
     results = [None] * len(kernels)
     for (layout, *_), numbers in buckets.items():
@@ -190,6 +189,12 @@ def _map_bucket(function, layout, members, arrays):
     ]
 
 
+def _explicit_sharding(array):
+    """The sharding on a mesh with explicit axes; `None` on others: tracing does not know it."""
+    sharding = jax.typeof(array).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
 def _with_auto_axes(function, arrays):
     """`function(arrays)`, also on a mesh whose axes are explicit.
 
@@ -197,8 +202,8 @@ def _with_auto_axes(function, arrays):
     all that matters here; what is between is better left to the compiler. What is not of a kernel's
     shape is small and comes back replicated.
     """
-    shardings = [jax.typeof(array).sharding for array in arrays]
-    if AxisType.Explicit not in shardings[0].mesh.axis_types:
+    shardings = [_explicit_sharding(array) for array in arrays]
+    if None in shardings:
         return function(arrays)
     plain = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
     outputs = [
