@@ -214,8 +214,9 @@ def modulate(
     too: what comes back in the place of its gradient **is the new state** and must replace the
     old one; it must not reach an optimizer. One state per site: autodiff would add up the
     returns of a state used twice. Averaging such gradients over microbatches or devices
-    (`jax.lax.pmean`) gives the state of the joint batch, because the running moments are linear
-    in what was measured.
+    (`jax.lax.pmean`) averages the measured moments, because the running moments are linear in
+    what was measured. (A loss that is a mean over 1/k of the batch has errors k times those of
+    the joint batch and moments k² times; the ratios, and so the scales, are the same.)
 
     Args:
       x: activations, any floating dtype and shape.

@@ -1,0 +1,99 @@
+"""Sweeps the coefficient of the orthonormality penalty on the digits: records and a picture.
+
+python launch/sweep_coefficient.py    # writes docs/coefficient.jsonl and docs/coefficient.png
+
+Runs in the records already are not run again; an interrupted one goes on where it was.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import sys
+
+import jax
+from matplotlib.figure import Figure
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs.digits_plain110 import get_config  # noqa: E402
+from orthojax import orthonormality_error  # noqa: E402
+from orthojax.checkpoint import Checkpointer  # noqa: E402
+from orthojax.errors import DivergenceError  # noqa: E402
+from orthojax.experiment import build  # noqa: E402
+from orthojax.models import unstack_blocks  # noqa: E402
+from orthojax.sharding import replicated  # noqa: E402
+from orthojax.state import init_state  # noqa: E402
+from orthojax.train import train_and_evaluate  # noqa: E402
+
+COEFFICIENTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+ERROR = "orthonormality_error"
+PANELS = (("test_accuracy", 100, "test accuracy (%)"), (ERROR, 1, "mean orthonormality error"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", default=ROOT / "docs" / "coefficient.jsonl", type=pathlib.Path)
+    parser.add_argument("--workdir", default=ROOT / "runs" / "coefficient", type=pathlib.Path)
+    arguments = parser.parse_args()
+    output = arguments.output
+    lines = output.read_text().splitlines() if output.exists() else []
+    records = [json.loads(line) for line in lines]
+    finished = {(record["coefficient"], record["seed"]) for record in records}
+    for seed in range(3):
+        for coefficient in COEFFICIENTS:
+            if (coefficient, seed) not in finished:
+                workdir = arguments.workdir / f"coefficient={coefficient:g},seed={seed}"
+                records.append(train(coefficient, seed, workdir))
+                with output.open("a") as file:
+                    file.write(json.dumps(records[-1]) + "\n")
+    draw(records, output.with_suffix(".png"))
+
+
+def train(coefficient: float, seed: int, workdir: pathlib.Path) -> dict:
+    """One run; `test_accuracy` and `orthonormality_error` are None where it diverged."""
+    config = get_config("depth=20,steps=100")
+    config.seed, config.model.bn_bias, config.regularizer.coefficient = seed, 1.0, coefficient
+    try:
+        accuracy = train_and_evaluate(config, workdir)["test_accuracy"]
+        error = statistics.fmean(final_errors(config, workdir))
+    except DivergenceError:
+        accuracy = error = None
+    return {"coefficient": coefficient, "seed": seed, "test_accuracy": accuracy, ERROR: error}
+
+
+def final_errors(config, workdir: pathlib.Path) -> list[float]:
+    """`orthonormality_error` of every layer's kernel in the last checkpoint."""
+    experiment = build(config)
+    shape, place = experiment.dataset.train.images.shape[1:], replicated(experiment.mesh)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(lambda: init_state(experiment.net, experiment.optimizer, shape, 0)),
+    )
+    with Checkpointer(workdir / "checkpoints") as saved:
+        params = saved.restore_latest(abstract).state.params
+    return [float(error) for error in orthonormality_error(unstack_blocks(params)).values()]
+
+
+def draw(records: list[dict], path: pathlib.Path) -> None:
+    """Every run a dot, the means a line; the coefficient 0 stands left of the smallest other."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    values = sorted({record["coefficient"] for record in records})
+    places = {value: value or min(filter(None, values)) / 10 for value in values}
+    labels = [f"$10^{{{round(math.log10(v))}}}$" if v else "0" for v in values]
+    for axes, (key, scale, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+        runs = [(r["coefficient"], scale * r[key]) for r in records if r[key] is not None]
+        means = {v: [y for x, y in runs if x == v] for v in values}
+        line = [(places[v], statistics.fmean(ys)) for v, ys in means.items() if ys]
+        axes.scatter([places[x] for x, _ in runs], [y for _, y in runs], s=14, color="#0072B2")
+        axes.plot(*zip(*line, strict=True), color="#0072B2", linewidth=1.2)
+        axes.set(xscale="log", xlabel="coefficient λ", ylabel=label)
+        axes.set_xticks(list(places.values()), labels)
+    axes.set_yscale("log")
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
