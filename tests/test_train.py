@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -335,3 +336,23 @@ def test_trains_on_real_cifar10(tmp_path):
     assert summary["test_accuracy"] > 0.18  # chance is 0.1
     losses = [r["loss"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.optimizer.learnin_rate=0.1", 'learnin_rate=0.1: .*"learning_rate"'),
+        ("--config.modl.depth=8", 'modl.depth=8: .*"model"'),
+        ("--config=configs/none.py", "configs/none.py"),
+        (f"--config={ROOT}/configs/cifar10_plain.py:dept=44", "`dept`; did you mean `depth`"),
+        ("--config.batch_size=ten", "batch_size=ten"),
+        ("--wrkdir=runs", "wrkdir.*workdir"),
+    ],
+)
+def test_bad_flags_are_refused_in_one_message(flag, message):
+    process = subprocess.run(
+        [sys.executable, str(ROOT / "launch/train.py"), flag], capture_output=True, text=True
+    )
+    assert process.returncode == 2
+    assert re.search(f"^error: .*{message}", process.stderr, re.DOTALL)
+    assert "Traceback" not in process.stderr

@@ -90,8 +90,7 @@ def _draw(lines: list[tuple[list, str, dict]], path: str | os.PathLike, title: s
         axes.grid(True, which="major", linewidth=0.5, alpha=0.4)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.lines:
-            # Accuracies end near the top or, at chance level, near the bottom.
-            axes.legend(frameon=False, loc="best" if axes is loss else "center right")
+            axes.legend(frameon=False, loc="best")
     figure.suptitle(title)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)
