@@ -9,16 +9,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 OPTIONAL = ("equinox", "haiku")  # of the frameworks on the pages, those that are not required
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-@pytest.fixture(autouse=True)
-def quick_compilation():
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -24,14 +24,6 @@ POLICY = Policy(decay=0.6, tolerance=0.05, max_scale=2.5)
 RATE, MOMENTUM = 0.05, 0.9
 
 
-@pytest.fixture
-def quick_compilation():
-    """Compiling is most of the time here; the tests with this assert nothing about speed."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Layer(nn.Module):
     """`(x, link), gain -> (x, link), None`, as `nn.scan` wants it."""
 
