@@ -13,7 +13,6 @@ import pytest
 from flax import nnx
 
 from orthojax import (
-    Policy,
     describe,
     optax_ortho,
     orthonormality_error,
@@ -23,9 +22,7 @@ from tests.digits_batch import cross_entropy, digits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-DEPTH, WIDTH, STEPS = 4, 16, 30
-GAINS = (3.0, 0.5, 2.0, 0.4)  # so that the error changes size from layer to layer
-EAGER = Policy(tolerance=0.0, max_scale=1e6)  # rescales every pair, whatever the mismatch
+STEPS = 30
 
 
 class Trained(NamedTuple):
