@@ -10,7 +10,6 @@ from orthojax.modulation import (
     init_state,
     modulate,
     read,
-    scale,
 )
 from orthojax.ortho import (
     decoupled_ortho,
@@ -39,6 +38,5 @@ __all__ = [
     "orthonormal",
     "project_orthonormal",
     "read",
-    "scale",
     "views",
 ]

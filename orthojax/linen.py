@@ -14,7 +14,7 @@ MOMENTS = "_overwrite_with_gradient"
 class Modulation(nn.Module):
     """A modulation site as a linen module; see `orthojax.modulate`.
 
-    Its state is the variable `moments`, float32 `(5,)`, in the collection
+    Its state is the variable `moments`, float32 `(7,)`, in the collection
     `_overwrite_with_gradient`. Differentiate the loss with respect to that collection together
     with `params`; an unmodified `flax.training.train_state.TrainState` then overwrites it with
     what comes back. Under `nn.scan` give it an axis:
@@ -36,7 +36,7 @@ class Modulation(nn.Module):
       ...         return x
       >>> variables = Net().init(jax.random.key(0), jnp.ones((2, 4)))
       >>> jax.tree.map(jnp.shape, variables["_overwrite_with_gradient"]["Modulation_2"])
-      {'moments': (5,)}
+      {'moments': (7,)}
     """
 
     policy: Policy = Policy()

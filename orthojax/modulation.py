@@ -15,9 +15,11 @@ state* with this step's moments averaged in. So a training step needs no second 
 
 Two neighbouring moments are needed at one site. They are brought together by a scalar, the
 *link*, that is threaded through the forward pass beside the activations: its value means
-nothing, and its cotangent carries the second moment that the site above handed down. The link
-starts as :func:`first_link`; the topmost site, whose link nobody consumes, sees a zero and is
-the reference (:math:`\rho = 1`).
+nothing, and its cotangent carries the second moment that the site above hands down. That is the
+*running* moment out of that site's state, known before the step began: so nothing of this step
+travels from site to site, and a loop over layers carries nothing that would first have to be
+reduced over devices. The link starts as :func:`first_link`; the topmost site, whose link nobody
+consumes, sees a zero and is the reference (:math:`\rho = 1`).
 
 This file is plain JAX; `orthojax.linen.Modulation` is the Flax module.
 """
@@ -55,8 +57,9 @@ class Policy:
       max_scale: :math:`\rho` is clipped to `[1 / max_scale, max_scale]`.
       steps: modulate during the first `steps` updates only; infinity is always. The paper found
         81.6% with a switch-off against 73.5% without one and gives no number.
-      settle: switch a site off for good once the running mean of its change of
-        :math:`|\log r|` between steps falls under this; 0 is never. (The profile of Fig. 4
+      settle: switch a site off for good once the running mean of the change of
+        :math:`\log r` from one step to the next falls under this, :math:`r` being the ratio of
+        the running moments (in direct mode, of this step's); 0 is never. (The profile of Fig. 4
         settles after 2,000 to 3,000 iterations.)
       mode: `"running"` takes :math:`\rho` from the running moments; `"direct"` from this step's
         (on several devices its backward pass then waits for one reduction per site);
@@ -95,38 +98,48 @@ def _check(value, name, holds, expected):
 
 
 class Moments(NamedTuple):
-    """What the state of a site holds, unpacked: float32, each of the state's leading shape.
+    r"""What the state of a site holds, unpacked: float32, each of the state's leading shape.
 
     Attributes:
       second_moment: running mean of the squared cotangent that arrived, :math:`q^l`.
-      above: running second moment handed down by the site above, :math:`q^{l+1}`; 0 at the top.
-      drift: running mean of the change of :math:`|log(q^{l+1} / q^l)|`.
+      handed_down: running mean of the squared cotangent that left,
+        :math:`(\rho^l)^2 q^l`: what the site below compares its own moment with.
+      log_ratio: :math:`\log r`, the :math:`r = q^{l+1} / q^l` that the last pass found; 0 where
+        it found none (at the top, and in the first pass).
+      scale: the :math:`\rho` that the last pass applied.
+      drift: running mean of the change of `log_ratio` between passes, absolute.
       settled: 1 once the site has switched itself off, else 0.
       count: number of updates measured.
     """
 
     second_moment: jax.Array
-    above: jax.Array
+    handed_down: jax.Array
+    log_ratio: jax.Array
+    scale: jax.Array
     drift: jax.Array
     settled: jax.Array
     count: jax.Array
 
 
 def init_state(shape: tuple[int, ...] = ()) -> jax.Array:
-    """A fresh state: float32 zeros of shape `(*shape, 5)`, one row per site.
+    """A fresh state: float32 of shape `(*shape, 7)`, one row per site; see :class:`Moments`.
 
     A site that has measured nothing applies no scale, so calibrate before the first update
     (see :func:`calibrate`).
 
     Example:
       >>> init_state().shape, init_state((36,)).shape
-      ((5,), (36, 5))
+      ((7,), (36, 7))
     """
-    return jnp.zeros((*shape, len(Moments._fields)), jnp.float32)
+    return jnp.zeros((*shape, len(Moments._fields)), jnp.float32).at[..., _column("scale")].set(1)
+
+
+def _column(name):
+    return Moments._fields.index(name)
 
 
 def read(state: jax.Array) -> Moments:
-    """Names the columns of a state of shape `(..., 5)`.
+    """Names the columns of a state of shape `(..., 7)`.
 
     Example:
       >>> float(read(init_state()).count)
@@ -140,27 +153,6 @@ def first_link() -> jax.Array:
     return jnp.zeros((), jnp.float32)
 
 
-def scale(state: jax.Array, policy: Policy = Policy()) -> jax.Array:
-    r"""The :math:`\rho` that sites with this state apply in the next backward pass.
-
-    Args:
-      state: float32 `(..., 5)`, as `modulate` returns it.
-      policy: the policy the sites run under; for `mode="direct"` this is what the running
-        moments would give.
-
-    Returns:
-      float32 `(...)`.
-
-    Example:
-      >>> float(scale(init_state()))  # nothing measured yet
-      1.0
-    """
-    moments = read(state)
-    if policy.mode == "observe":
-        return jnp.ones_like(moments.count)
-    return _scale(moments.above, moments.second_moment, moments, policy)
-
-
 def _log_ratio(above, below):
     """log(above / below), and whether both are finite and positive (0 and False elsewhere)."""
     valid = (above > 0) & (below > 0) & jnp.isfinite(above) & jnp.isfinite(below)
@@ -168,35 +160,37 @@ def _log_ratio(above, below):
     return jnp.log(jnp.where(valid, above, 1)) - jnp.log(jnp.where(valid, below, 1)), valid
 
 
-def _scale(above, below, moments, policy):
-    log_ratio, measured = _log_ratio(above, below)
+def _scale(log_ratio, measured, old, policy):
+    """The rho that a site with the state `old` applies to a pair with this ratio."""
+    if policy.mode == "observe":
+        return jnp.float32(1)
     mismatch = jnp.abs(log_ratio) > jnp.log1p(jnp.float32(policy.tolerance))
-    active = (moments.count < policy.steps) & (moments.settled == 0)
+    active = (old.count < policy.steps) & (old.settled == 0)
     limit = jnp.log(jnp.float32(policy.max_scale))
     rho = jnp.exp(jnp.clip(log_ratio / 2, -limit, limit))
     return jnp.where(measured & mismatch & active, rho, jnp.float32(1))
 
 
-def _update(state, above, below, policy):
-    """Averages one step's moments into a state."""
-    old = read(state)
+def _update(old, below, log_ratio, measured, rho, policy):
+    """Averages what one pass measured into a state, given unpacked."""
+    handed_down = jnp.square(rho) * below
     # A vanished or overflowed error says nothing about the layers: it leaves the moments alone.
-    usable = jnp.isfinite(above) & jnp.isfinite(below) & (below > 0)
+    usable = (below > 0) & jnp.isfinite(below) & jnp.isfinite(handed_down)
     decay = jnp.minimum(jnp.float32(policy.decay), old.count / (old.count + 1))
 
     def average(before, now):
         return decay * before + (1 - decay) * now
 
-    log_ratio, valid = _log_ratio(above, below)
-    old_log_ratio, old_valid = _log_ratio(old.above, old.second_moment)
-    comparable = valid & old_valid
-    drift = average(old.drift, jnp.abs(log_ratio - old_log_ratio))
+    comparable = measured & (old.log_ratio != 0)
+    drift = average(old.drift, jnp.abs(log_ratio - old.log_ratio))
     # Trust the drift only once its average has filled.
     filled = old.count * (1 - jnp.float32(policy.decay)) >= 1
     settles = filled & comparable & (drift < policy.settle)
     new = Moments(
         second_moment=jnp.where(usable, average(old.second_moment, below), old.second_moment),
-        above=jnp.where(usable, average(old.above, above), old.above),
+        handed_down=jnp.where(usable, average(old.handed_down, handed_down), old.handed_down),
+        log_ratio=log_ratio,
+        scale=rho,
         drift=jnp.where(comparable, drift, old.drift),
         settled=jnp.maximum(old.settled, settles.astype(jnp.float32)),
         count=old.count + 1,
@@ -221,7 +215,7 @@ def modulate(
     Args:
       x: activations, any floating dtype and shape.
       link: float32 scalar, from :func:`first_link` or the site below.
-      state: float32 `(5,)`, from :func:`init_state`.
+      state: float32 `(7,)`, from :func:`init_state`.
       policy: see :class:`Policy`.
 
     Returns:
@@ -241,10 +235,11 @@ def modulate(
       ...     return x.sum()
       >>> states, x = [init_state(), init_state()], jnp.ones(3)
       >>> states = jax.grad(loss)(states, x)  # the first pass measures
-      >>> print(f"{scale(states[0]):.3f}")
-      10.000
-      >>> print(jax.grad(loss, argnums=1)(states, x))  # and the second is rescaled
+      >>> states, error = jax.grad(loss, argnums=(0, 1))(states, x)  # the second is rescaled
+      >>> print(error)
       [1. 1. 1.]
+      >>> print(f"{read(states[0]).scale:.3f}")  # by this much
+      10.000
     """
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"modulate needs floating activations; x is {x.dtype}")
@@ -272,13 +267,13 @@ def _site_forward(x, link, state, policy):
 def _site_backward(residuals, cotangents):
     state, policy = residuals
     cotangent, above = cotangents
+    old = read(state)
     below = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
-    if policy.mode == "direct":
-        rho = _scale(above, below, read(state), policy)
-    else:
-        rho = scale(state, policy)
-    handed_down = jnp.square(rho) * below
-    new_state = _update(state, above, below, policy)
+    direct = policy.mode == "direct"
+    log_ratio, measured = _log_ratio(above, below if direct else old.second_moment)
+    rho = _scale(log_ratio, measured, old, policy)
+    new_state = _update(old, below, log_ratio, measured, rho, policy)
+    handed_down = jnp.square(rho) * below if direct else old.handed_down
     rescaled = (rho * cotangent).astype(cotangent.dtype)
     return rescaled, handed_down, new_state, jax.tree.map(jnp.zeros_like, policy)
 
@@ -298,11 +293,13 @@ def calibrate(
 
     Args:
       measure: one backward pass: takes the tree of states, returns the tree of new states.
-      moments: tree of states, each float32 `(..., 5)`.
+      moments: tree of states, each float32 `(..., 7)`.
       max_passes: give up after this many passes.
 
     Returns:
-      `(moments, passes)`; the counts are set back to 0, so that `Policy.steps` counts updates.
+      `(moments, passes)`. The moments are those of the last pass alone (what an error on the verge
+      of overflow measured would stay in an average for hundreds of steps), and the counts are 0,
+      so that `Policy.steps` counts updates.
 
     Raises:
       FloatingPointError: after `max_passes` some site has still measured nothing.
@@ -315,14 +312,12 @@ def calibrate(
       (4.0, 0.0, 1)
     """
     for passes in range(1, max_passes + 1):
-        moments = measure(moments)
+        moments = jax.tree.map(lambda s: s.at[..., _column("count")].set(0), measure(moments))
         unmeasured = sum(
             int((read(state).second_moment <= 0).sum()) for state in jax.tree.leaves(moments)
         )
         if not unmeasured:
-            return jax.tree.map(
-                lambda s: s.at[..., Moments._fields.index("count")].set(0), moments
-            ), passes
+            return moments, passes
     raise FloatingPointError(
         f"after {max_passes} calibration passes {unmeasured} modulation sites have measured no "
         "finite, positive second moment: the loss has no gradient there, or the forward pass is "

@@ -3,13 +3,17 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthojax import Policy
 from orthojax.linen import MOMENTS
 from orthojax.models import PlainNet, ResNet, stack_blocks, unstack_blocks
 from orthojax.models.convolution import conv_general_dilated
+from orthojax.state import init_state
+from orthojax.step import make_train_step
 
 TRAINED = ("params", MOMENTS)
 
@@ -200,3 +204,26 @@ def test_strided_and_grouped_convolutions_are_left_to_xla():
             conv_general_dilated(x, kernel, **arguments),
             lax.conv_general_dilated(x, kernel, **arguments),
         )
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_modulation_adds_no_all_reduce_to_a_training_step(scan):
+    """Several blocks to a stage, so that the scanned net's loops run more than once."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    batch = {
+        "image": jax.ShapeDtypeStruct((16, 8, 8, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct((16,), jnp.int32),
+    }
+
+    def all_reduces(policy):
+        net, optimizer = PlainNet(depth=14, width=4, modulation=policy, scan=scan), optax.sgd(0.1)
+        state = jax.eval_shape(lambda: init_state(net, optimizer, (8, 8, 3), 0))
+        step = make_train_step(net, optimizer, lambda x, key: x.astype(jnp.float32), 0)
+        compiled = jax.jit(step, in_shardings=(whole, split), out_shardings=(whole, whole))
+        text = compiled.lower(state, batch).compile().as_text()
+        return text.count(" all-reduce(") + text.count(" all-reduce-start(")
+
+    plain = all_reduces(None)
+    assert plain > 0
+    assert all_reduces(Policy()) == plain

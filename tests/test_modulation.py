@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import orthojax
-from orthojax import Policy, first_link, init_state, modulate, read, scale
+from orthojax import Policy, first_link, init_state, modulate, read
 
 DEPTH, WIDTH, BATCH = 12, 16, 32
 EAGER = Policy(tolerance=0.0, max_scale=1e6)  # rescales every pair, whatever the mismatch
@@ -85,18 +85,20 @@ def test_first_pass_measures_the_true_second_moments(seed):
     moments = read(measured_states(kernels, x))
     expected = reference_moments(kernels, x)
     np.testing.assert_allclose(moments.second_moment, expected, rtol=2e-4)
-    # What each site was handed is the moment of the one above; the top one was handed nothing.
-    np.testing.assert_allclose(moments.above, [*expected[1:], 0], rtol=2e-4)
+    # Nothing was known before, so nothing was rescaled: what arrived was handed down.
+    np.testing.assert_array_equal(moments.handed_down, moments.second_moment)
+    np.testing.assert_array_equal(moments.scale, np.ones(DEPTH))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_modulated_gradient_is_the_true_one_times_the_scales_above(seed):
     kernels, x = make_problem(seed)
-    states = measured_states(kernels, x)
-    rho = scale(states, EAGER)
+    modulated, states = gradients(kernels, measured_states(kernels, x), x, EAGER)
+    rho = read(states).scale
+    expected = reference_moments(kernels, x)
+    np.testing.assert_allclose(rho[:-1], np.sqrt(expected[1:] / expected[:-1]), rtol=2e-4)
     assert float(jnp.abs(jnp.log(rho[:-1])).min()) > 0.01  # every pair really is rescaled
     assert rho[-1] == 1
-    modulated = gradients(kernels, states, x, EAGER)[0]
     true = gradients(kernels, states, x, None)[0]
     product = jnp.cumprod(rho[::-1])[::-1]  # of this site and those above
     assert_close_per_layer(modulated, true * product[:, None, None], 1e-5)
@@ -115,25 +117,26 @@ def test_direct_mode_makes_every_moment_equal():
     policy = Policy(mode="direct", tolerance=0.0, max_scale=1e6, decay=0.0)
     moments = read(measured_states(kernels, x, policy))
     top = moments.second_moment[-1]
-    handed_down = moments.above[:-1]
-    np.testing.assert_allclose(handed_down, np.full_like(handed_down, top), rtol=1e-4)
+    np.testing.assert_allclose(moments.handed_down, np.full(DEPTH, top), rtol=1e-4)
 
 
 def test_running_mode_reaches_the_same_on_the_second_pass():
     kernels, x = make_problem()
     policy = Policy(tolerance=0.0, max_scale=1e6, decay=0.0)
     moments = read(measured_states(kernels, x, policy, passes=2))
-    np.testing.assert_allclose(moments.above[:-1], np.full(DEPTH - 1, moments.above[0]), rtol=1e-4)
+    top = moments.second_moment[-1]
+    np.testing.assert_allclose(moments.handed_down, np.full(DEPTH, top), rtol=1e-4)
 
 
 def test_pairs_within_the_tolerance_are_left_alone():
     kernels, x = make_problem()
     states = measured_states(kernels, x)
     moments = read(states)
-    ratio = moments.above[:-1] / moments.second_moment[:-1]
+    ratio = moments.second_moment[1:] / moments.second_moment[:-1]
     mismatch = jnp.maximum(ratio, 1 / ratio)
     tolerance = float(jnp.sort(mismatch)[DEPTH // 2 : DEPTH // 2 + 2].mean()) - 1
-    rho = scale(states, Policy(tolerance=tolerance, max_scale=1e6))[:-1]
+    policy = Policy(tolerance=tolerance, max_scale=1e6)
+    rho = read(gradients(kernels, states, x, policy)[1]).scale[:-1]
     np.testing.assert_array_equal(rho != 1, mismatch > 1 + tolerance)
     assert 0 < int((rho != 1).sum()) < DEPTH - 1
     np.testing.assert_allclose(rho[rho != 1], jnp.sqrt(ratio)[rho != 1], rtol=1e-5)
@@ -141,7 +144,7 @@ def test_pairs_within_the_tolerance_are_left_alone():
 
 def test_scale_is_clipped():
     kernels, x = make_problem()
-    rho = scale(measured_states(kernels, x), Policy(tolerance=0.0, max_scale=1.5))
+    rho = read(measured_states(kernels, x, Policy(tolerance=0.0, max_scale=1.5), passes=2)).scale
     np.testing.assert_allclose([rho.min(), rho.max()], [1 / 1.5, 1.5], rtol=1e-6)
 
 
@@ -188,17 +191,19 @@ def test_settled_sites_switch_off_for_good():
     kernels, x = make_problem()
     policy = Policy(decay=0.5, tolerance=0.0, settle=1e-3)
     states = init_state((DEPTH,))
-    for _ in range(3):
+    for _ in range(6):
         states = gradients(kernels, states, x, policy)[1]
     # The same batch again and again: the profile no longer changes.
     assert read(states).settled[:-1].all()
-    np.testing.assert_array_equal(scale(states, policy), np.ones(DEPTH))
-    other = gradients(10 * kernels[::-1], states, x, policy)[1]
+    grads, other = gradients(10 * kernels[::-1], states, x, policy)
+    np.testing.assert_array_equal(read(other).scale, np.ones(DEPTH))
     assert read(other).settled[:-1].all()
+    true = gradients(10 * kernels[::-1], states, x, None)[0]
+    np.testing.assert_array_equal(grads, true)
 
 
 def test_changing_profile_does_not_settle():
-    policy = Policy(decay=0.5, settle=1e-3)
+    policy = Policy(decay=0.0, settle=1e-3)
     states = init_state((DEPTH,))
     for seed in range(6):
         kernels, x = make_problem(seed)
@@ -209,7 +214,7 @@ def test_changing_profile_does_not_settle():
 def assert_same_moments(states, expected, rtol=1e-4):
     for name, value in read(states)._asdict().items():
         reference = getattr(read(expected), name)
-        atol = 1e-5 if name == "drift" else 0  # a difference of logarithms near zero
+        atol = 1e-5 if name in ("drift", "log_ratio") else 0  # logarithms, near zero
         np.testing.assert_allclose(value, reference, rtol=rtol, err_msg=name, atol=atol)
 
 
@@ -386,14 +391,14 @@ def test_non_finite_and_vanished_errors_leave_the_state_usable():
     for factor in (0.0, float("inf")):
         new = jax.grad(lambda s, f=factor: f * loss(kernels, s, x, EAGER))(states)
         np.testing.assert_array_equal(read(new).second_moment, read(states).second_moment)
-        np.testing.assert_array_equal(scale(new, EAGER), scale(states, EAGER))
+        np.testing.assert_array_equal(read(new).handed_down, read(states).handed_down)
 
 
 def test_bad_arguments_are_named():
     x, link, state = jnp.ones((2, 3)), first_link(), init_state()
     with pytest.raises(TypeError, match="x is int32"):
         modulate(jnp.ones(3, jnp.int32), link, state)
-    with pytest.raises(TypeError, match=r"`state`.*\(4, 5\)"):
+    with pytest.raises(TypeError, match=r"`state`.*\(4, 7\)"):
         modulate(x, link, init_state((4,)))
     with pytest.raises(TypeError, match="`link`.*bfloat16"):
         modulate(x, link.astype(jnp.bfloat16), state)
