@@ -69,7 +69,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "checkpoint_every": 100 if cpu else 1_000,
             "keep_checkpoints": 3,
             "tensorboard": False,
-            "mesh": {"data": -1},
+            "mesh": {"data": -1, "fsdp": 1},
         }
     )
     if args.method == "isometric":

@@ -45,6 +45,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "checkpoint_every": 50,
             "keep_checkpoints": 3,
             "tensorboard": False,
-            "mesh": {"data": -1},
+            "mesh": {"data": -1, "fsdp": 1},
         }
     )

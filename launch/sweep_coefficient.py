@@ -12,7 +12,6 @@ import pathlib
 import statistics
 import sys
 
-import jax
 from matplotlib.figure import Figure
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -24,8 +23,7 @@ from orthojax.checkpoint import Checkpointer  # noqa: E402
 from orthojax.errors import DivergenceError  # noqa: E402
 from orthojax.experiment import build  # noqa: E402
 from orthojax.models import unstack_blocks  # noqa: E402
-from orthojax.sharding import replicated  # noqa: E402
-from orthojax.state import init_state  # noqa: E402
+from orthojax.programs import abstract_state  # noqa: E402
 from orthojax.train import train_and_evaluate  # noqa: E402
 
 COEFFICIENTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
@@ -66,14 +64,8 @@ def train(coefficient: float, seed: int, workdir: pathlib.Path) -> dict:
 
 def final_errors(config, workdir: pathlib.Path) -> list[float]:
     """`orthonormality_error` of every layer's kernel in the last checkpoint."""
-    experiment = build(config)
-    shape, place = experiment.dataset.train.images.shape[1:], replicated(experiment.mesh)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        jax.eval_shape(lambda: init_state(experiment.net, experiment.optimizer, shape, 0)),
-    )
     with Checkpointer(workdir / "checkpoints") as saved:
-        params = saved.restore_latest(abstract).state.params
+        params = saved.restore_latest(abstract_state(build(config))).state.params
     return [float(error) for error in orthonormality_error(unstack_blocks(params)).values()]
 
 

@@ -1,7 +1,7 @@
 """A config, checked and built into everything that stays the same during training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,8 @@ class Settings:
       checkpoint_every: steps between checkpoints; there is always one at the end.
       keep_checkpoints: how many of the newest are kept.
       tensorboard: write TensorBoard events too (extra `[tensorboard]`).
-      mesh: arguments of `orthojax.sharding.make_mesh`.
+      mesh: `data` and `fsdp`, see `orthojax.sharding.make_mesh`. What is computed does not depend
+        on it, so a run may go on with another one.
     """
 
     dataset: Mapping
@@ -96,18 +97,26 @@ class Experiment:
         return policy is not None and policy.mode != "observe"
 
 
-def build(config: Mapping) -> Experiment:
+def build(
+    config: Mapping,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    load: Callable[..., data.Dataset] = data.load,
+) -> Experiment:
     """Builds what a config describes; touches no working directory.
 
     Args:
       config: a Mapping or ConfigDict with the keys of `Settings`.
+      devices: what the mesh is made of; None is `jax.devices()`.
+      load: what `dataset` is bound to: `orthojax.data.load`, or `orthojax.data.stand_in`, which
+        needs no records.
 
     Raises:
       ConfigError: a key is unknown, missing or impossible; the message names it.
       DatasetError: the data set is unknown, not prepared, or smaller than a batch.
     """
     settings = bind(Settings, config, "")
-    mesh = bind(make_mesh, settings.mesh, "mesh")
+    mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
     batch_sharding(mesh, settings.batch_size)
     optimizer, schedule = make_optimizer(
         optimizer=settings.optimizer,
@@ -119,7 +128,7 @@ def build(config: Mapping) -> Experiment:
     net = _make_net(settings)
     arguments = dict(settings.dataset)
     flip = arguments.pop("flip", False)
-    dataset = bind(data.load, arguments, "dataset")
+    dataset = bind(load, arguments, "dataset")
     data.TrainIterator(dataset.train, settings.batch_size, settings.seed)  # fits, or says why not
     net = net.clone(num_classes=dataset.num_classes)
     return Experiment(settings, dataset, flip, net, optimizer, schedule, mesh)

@@ -1,10 +1,14 @@
 """Ctrl-C and SIGTERM as a request to stop at the next step, not as a death."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
 
 
 class Interrupted(Exception):
@@ -24,6 +28,19 @@ class StopRequest:
 
     signal_number: int | None = None
 
+    def reached(self, step: int) -> bool:
+        """Whether to stop after this step; to be asked at every step.
+
+        With several processes a SIGTERM that reached any of them is told to all, and all say yes
+        at the same step: JAX's preemption service takes the signal and agrees on the step.
+        """
+        if jax.process_count() == 1:
+            return self.signal_number is not None
+        stop = multihost_utils.reached_preemption_sync_point(step)
+        if stop:
+            self.signal_number = signal.SIGTERM
+        return stop
+
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
@@ -32,17 +49,19 @@ def stop_on_signals() -> Iterator[StopRequest]:
     Outside the main thread, where Python allows no handlers, nothing is caught.
 
     Example:
-      >>> import os
       >>> with stop_on_signals() as request:
       ...     os.kill(os.getpid(), signal.SIGTERM)
-      ...     print(request.signal_number == signal.SIGTERM)
-      True
+      ...     print(request.reached(step=1), request.signal_number == signal.SIGTERM)
+      True True
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    several = jax.process_count() > 1
+    # Of several processes SIGTERM belongs to JAX's preemption service.
+    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in noted}
 
     def note(number, frame):
         del frame
@@ -50,6 +69,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         signal.signal(number, previous[number])
         name = signal.Signals(number).name
         print(f"\n{name}: stopping after this step; once more stops at once", file=sys.stderr)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     for number in previous:
         signal.signal(number, note)

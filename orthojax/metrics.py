@@ -83,6 +83,19 @@ class MetricWriter:
         self.close()
 
 
+class NullWriter:
+    """A `MetricWriter` that writes nothing, for every process but the first."""
+
+    def write(self, step: int, kind: str, **scalars: Any) -> None:
+        """Does nothing."""
+
+    def __enter__(self) -> "NullWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads the records that a `MetricWriter` wrote; null becomes NaN again.
 

@@ -5,11 +5,18 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from orthojax import data
 from orthojax.experiment import Experiment
-from orthojax.sharding import batch_sharding, replicated
-from orthojax.state import init_state
+from orthojax.sharding import (
+    batch_sharding,
+    local_rows,
+    replicated,
+    state_shardings,
+    to_devices,
+)
+from orthojax.state import TrainState, init_state
 from orthojax.step import make_eval_step, make_train_step
 
 
@@ -18,17 +25,19 @@ class Programs(NamedTuple):
 
     Attributes:
       abstract_state: shapes, dtypes and shardings of the train state.
-      init: `() -> state`.
+      init: `() -> state`; no device and no host ever holds more of it than its share.
       train_step: `(state, batch) -> (state, metrics)`; the state given is consumed.
       eval_step: `(state, batch) -> sums`.
-      put: a host batch to the devices.
+      rows: which rows of a batch this process supplies.
+      put: this process's rows of a batch to the devices.
       compile_seconds: what compiling took.
     """
 
-    abstract_state: Any
+    abstract_state: TrainState
     init: Any
     train_step: Any
     eval_step: Any
+    rows: np.ndarray
     put: Any
     compile_seconds: float
 
@@ -36,42 +45,69 @@ class Programs(NamedTuple):
 def compile_programs(experiment: Experiment) -> Programs:
     """Compiles initialisation, training step and evaluation step for the experiment's mesh."""
     start = time.monotonic()
-    settings, dataset = experiment.settings, experiment.dataset
-    mean, std = dataset.mean, dataset.std
-    image_shape = dataset.train.images.shape[1:]
-    init = functools.partial(
-        init_state, experiment.net, experiment.optimizer, image_shape, settings.seed
-    )
-    augment = functools.partial(data.augment, mean=mean, std=std, flip=experiment.flip)
-    normalize = functools.partial(data.normalize, mean=mean, std=std)
-    train_step = make_train_step(experiment.net, experiment.optimizer, augment, settings.seed)
-    eval_step = make_eval_step(experiment.net, normalize)
-
-    everywhere = replicated(experiment.mesh)
-    split = batch_sharding(experiment.mesh, settings.batch_size)
-    abstract_state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(init),
-    )
-    shapes = {
-        "image": jax.ShapeDtypeStruct((settings.batch_size, *image_shape), "uint8"),
-        "label": jax.ShapeDtypeStruct((settings.batch_size,), "int32"),
-    }
-    mask = {"mask": jax.ShapeDtypeStruct((settings.batch_size,), "float32")}
-    jitted_train_step = jax.jit(
-        train_step,
-        in_shardings=(everywhere, split),
-        out_shardings=(everywhere, everywhere),
-        donate_argnums=0,
-    )
-    jitted_eval_step = jax.jit(
-        eval_step, in_shardings=(everywhere, split), out_shardings=everywhere
-    )
+    batch_size = experiment.settings.batch_size
+    split = batch_sharding(experiment.mesh, batch_size)
+    rows = local_rows(split, batch_size)
+    state = abstract_state(experiment)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Programs(
-        abstract_state=abstract_state,
-        init=jax.jit(init, out_shardings=everywhere).lower().compile(),
-        train_step=jitted_train_step.lower(abstract_state, shapes).compile(),
-        eval_step=jitted_eval_step.lower(abstract_state, shapes | mask).compile(),
-        put=lambda batch: jax.device_put(batch, split),
+        abstract_state=state,
+        init=jax.jit(_init(experiment), out_shardings=shardings).lower().compile(),
+        train_step=lower_train_step(experiment).compile(),
+        eval_step=_lower_eval_step(experiment).compile(),
+        rows=rows,
+        put=functools.partial(to_devices, split, batch_size, rows),
         compile_seconds=time.monotonic() - start,
     )
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes, dtypes and shardings of the train state; computes nothing."""
+    shapes = jax.eval_shape(_init(experiment))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, experiment.mesh),
+    )
+
+
+def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
+    """The training step of an experiment, traced and ready to compile for its mesh."""
+    settings, dataset = experiment.settings, experiment.dataset
+    augment = functools.partial(
+        data.augment, mean=dataset.mean, std=dataset.std, flip=experiment.flip
+    )
+    step = make_train_step(experiment.net, experiment.optimizer, augment, settings.seed)
+    state = abstract_state(experiment)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step, out_shardings=(shardings, replicated(experiment.mesh)), donate_argnums=0)
+    return jitted.lower(state, _abstract_batch(experiment, image="uint8", label="int32"))
+
+
+def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
+    dataset = experiment.dataset
+    normalize = functools.partial(data.normalize, mean=dataset.mean, std=dataset.std)
+    step = make_eval_step(experiment.net, normalize)
+    batch = _abstract_batch(experiment, image="uint8", label="int32", mask="float32")
+    jitted = jax.jit(step, out_shardings=replicated(experiment.mesh))
+    return jitted.lower(abstract_state(experiment), batch)
+
+
+def _init(experiment: Experiment):
+    return functools.partial(
+        init_state,
+        experiment.net,
+        experiment.optimizer,
+        experiment.dataset.image_shape,
+        experiment.settings.seed,
+    )
+
+
+def _abstract_batch(experiment: Experiment, **dtypes: str) -> dict[str, jax.ShapeDtypeStruct]:
+    batch_size = experiment.settings.batch_size
+    sharding = batch_sharding(experiment.mesh, batch_size)
+    shapes = {"image": (batch_size, *experiment.dataset.image_shape)}
+    return {
+        name: jax.ShapeDtypeStruct(shapes.get(name, (batch_size,)), dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }

@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import os
 import pathlib
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,10 +15,11 @@ import jax
 from orthojax import data
 from orthojax.analysis.curves import draw_curves
 from orthojax.checkpoint import Checkpointer
+from orthojax.distributed import is_first, on_first_process
 from orthojax.errors import DivergenceError
 from orthojax.experiment import Experiment, build
 from orthojax.interrupt import Interrupted, StopRequest, stop_on_signals
-from orthojax.metrics import MetricWriter, read_metrics
+from orthojax.metrics import MetricWriter, NullWriter, read_metrics
 from orthojax.modulation import calibrate
 from orthojax.programs import Programs, compile_programs
 from orthojax.progress import Progress
@@ -27,8 +30,10 @@ from orthojax.workdir import claim, write_json_atomic
 def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Trains what `config` describes in `workdir`, or goes on where a run there stopped.
 
+    Several processes (see `orthojax.distributed.initialize`) call it alike, with a `workdir` that
+    all of them see; a run may go on with another number of processes or devices than before.
     Writes `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and
-    `curves.png` into `workdir`, and progress to stderr.
+    `curves.png` into `workdir`, and progress to stderr; of several processes the first one does.
 
     Args:
       config: a Mapping or ConfigDict with the keys of `orthojax.experiment.Settings`.
@@ -43,23 +48,24 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
       UserError: see `build`, `orthojax.workdir.claim` and `orthojax.checkpoint.Checkpointer`.
       DivergenceError: the loss or a parameter is no longer finite. The last checkpoint, saved
         while they were, is kept.
-      Interrupted: SIGINT or SIGTERM; the state has been saved.
+      Interrupted: SIGINT or SIGTERM, in whichever process; the state has been saved.
     """
     start = time.monotonic()
     workdir = pathlib.Path(workdir)
     experiment = build(config)
     settings = experiment.settings
-    claim(workdir, config)
+    on_first_process(lambda: claim(workdir, config))
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(stop_on_signals())
         checkpointer = stack.enter_context(
             Checkpointer(workdir / "checkpoints", keep=settings.keep_checkpoints)
         )
-        progress = stack.enter_context(Progress(settings.steps))
+        stream = sys.stderr if is_first() else stack.enter_context(open(os.devnull, "w"))
+        progress = stack.enter_context(Progress(settings.steps, stream))
         progress.message(_describe(experiment))
         programs = compile_programs(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
-        batches = data.TrainIterator(experiment.dataset.train, settings.batch_size, settings.seed)
+        batches = _train_iterator(experiment, programs)
 
         restored = checkpointer.restore_latest(programs.abstract_state)
         if restored is None:
@@ -68,12 +74,14 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
             first_step, state = restored.step, restored.state
             batches.set_state(restored.data_state)
             progress.message(f"resuming {workdir} from step {first_step}")
-        writer = stack.enter_context(
-            MetricWriter(workdir, settings.tensorboard, first_step if restored else None)
-        )
+        writer = NullWriter()
+        if is_first():
+            resume_step = first_step if restored else None
+            writer = MetricWriter(workdir, settings.tensorboard, resume_step)
+        stack.enter_context(writer)
         trainer = _Trainer(experiment, programs, checkpointer, writer, progress, request)
         state = trainer.train(state, batches, first_step)
-        test = evaluate(experiment, programs, state)
+        test = trainer.test or evaluate(experiment, programs, state)
     summary = {
         "test_accuracy": test["accuracy"],
         "test_loss": test["loss"] if math.isfinite(test["loss"]) else None,
@@ -84,15 +92,17 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "resumed_from_step": first_step,
     }
-    write_json_atomic(workdir / "summary.json", summary)
-    draw_curves(read_metrics(workdir), workdir / "curves.png", title=workdir.name)
+    if is_first():
+        write_json_atomic(workdir / "summary.json", summary)
+        draw_curves(read_metrics(workdir), workdir / "curves.png", title=workdir.name)
     return summary
 
 
 def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> dict[str, float]:
     """Mean loss and accuracy over the whole test split, every image exactly once."""
     totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
-    batches = data.eval_batches(experiment.dataset.test, experiment.settings.batch_size)
+    batch_size = experiment.settings.batch_size
+    batches = data.eval_batches(experiment.dataset.test, batch_size, programs.rows)
     for sums in [programs.eval_step(state, programs.put(batch)) for batch in batches]:
         for name, value in jax.device_get(sums).items():
             totals[name] += float(value)
@@ -104,12 +114,20 @@ def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> d
 
 def _describe(experiment: Experiment) -> str:
     settings, net, mesh = experiment.settings, experiment.net, experiment.mesh
-    devices = mesh.devices.flat
+    devices, processes = mesh.devices.flat, jax.process_count()
+    where = f"{devices[0].platform} x {len(devices)}"
+    where += f" of {processes} processes" if processes > 1 else ""
     return (
         f"{type(net).__name__}-{net.depth}, width {net.width}, on {experiment.dataset.name} "
         f"({len(experiment.dataset.train):,} training and {len(experiment.dataset.test):,} test "
-        f"images), {settings.steps:,} steps of {settings.batch_size}, on {devices[0].platform} "
-        f"x {len(devices)}; compiling..."
+        f"images), {settings.steps:,} steps of {settings.batch_size}, on {where}; compiling..."
+    )
+
+
+def _train_iterator(experiment: Experiment, programs: Programs) -> data.TrainIterator:
+    settings = experiment.settings
+    return data.TrainIterator(
+        experiment.dataset.train, settings.batch_size, settings.seed, programs.rows
     )
 
 
@@ -118,9 +136,7 @@ def _begin(experiment: Experiment, programs: Programs, progress: Progress) -> Tr
     state = programs.init()
     if not experiment.modulated:
         return state
-    settings = experiment.settings
-    first = next(data.TrainIterator(experiment.dataset.train, settings.batch_size, settings.seed))
-    batch = programs.put(first)
+    batch = programs.put(next(_train_iterator(experiment, programs)))
 
     def measure(moments):
         # The training step itself, so that nothing else is compiled; its update is thrown away.
@@ -141,7 +157,7 @@ class _Trainer:
         experiment: Experiment,
         programs: Programs,
         checkpointer: Checkpointer,
-        writer: MetricWriter,
+        writer: MetricWriter | NullWriter,
         progress: Progress,
         request: StopRequest,
     ):
@@ -155,6 +171,7 @@ class _Trainer:
         self._pending: list[dict[str, jax.Array]] = []
         self._trained_images = 0
         self._training_seconds = 0.0
+        self.test: dict[str, float] = {}  # of the last evaluation
 
     def train(self, state: TrainState, batches: data.TrainIterator, first_step: int) -> TrainState:
         settings = self._settings
@@ -163,7 +180,7 @@ class _Trainer:
             state, metrics = self._programs.train_step(state, self._programs.put(next(batches)))
             self._pending.append(metrics)
             last = step == settings.steps
-            stopping = self._request.signal_number is not None
+            stopping = self._request.reached(step)
             evaluating = step % settings.eval_every == 0 or last
             saving = step % settings.checkpoint_every == 0 or last or stopping
             if not (step % settings.log_every == 0 or evaluating or saving):
@@ -214,9 +231,9 @@ class _Trainer:
         self._writer.write(step, "train", **record, learning_rate=rate)
         test_accuracy = None
         if evaluated is not None:
-            test = evaluate(self._experiment, self._programs, evaluated)
-            self._writer.write(step, "test", **test)
-            test_accuracy = test["accuracy"]
+            self.test = evaluate(self._experiment, self._programs, evaluated)
+            self._writer.write(step, "test", **self.test)
+            test_accuracy = self.test["accuracy"]
         self._progress.update(
             step,
             loss=record["loss"],

@@ -31,9 +31,10 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
 
     A new or empty directory receives `config.json` (the resolved config) and `environment.json`
     (a list with one entry for each start of the run: versions, devices, seed, command line).
-    Where `config.json` holds an equal config the run is being resumed. The directory is locked
-    as long as the process lives; the operating system frees the lock even after `kill -9`.
-    With several JAX processes only the first one claims.
+    Where `config.json` holds an equal config the run is being resumed; the section `mesh` may
+    differ, because the results do not depend on it. The directory is locked as long as the process
+    lives; the operating system frees the lock even after `kill -9`.
+    Of several JAX processes the first one alone may call this.
 
     Args:
       workdir: a path on a local or shared file system.
@@ -50,14 +51,16 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
       >>> sorted(path.name for path in workdir.iterdir())
       ['config.json', 'environment.json', 'lock']
     """
-    if jax.process_index() != 0:
-        return
     workdir, config = pathlib.Path(workdir), to_json(config)
     _open_directory(workdir)
     _lock(workdir)
     saved_config = workdir / "config.json"
     if saved_config.exists():
-        changes = differences(_read_json(saved_config), config)
+        changes = [
+            line
+            for line in differences(_read_json(saved_config), config)
+            if not line.startswith("mesh.")
+        ]
         if changes:
             raise WorkdirError(
                 f"{workdir} holds a run of another config (there -> here):\n  "
@@ -163,6 +166,7 @@ def _environment(config: Mapping) -> dict[str, Any]:
         "device_kind": jax.devices()[0].device_kind,
         "device_count": jax.device_count(),
         "process_count": jax.process_count(),
+        "mesh": config.get("mesh"),
         "seed": config.get("seed"),
         "command": sys.argv,
     }

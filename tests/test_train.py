@@ -264,7 +264,7 @@ def test_mean_loss_does_not_depend_on_the_number_of_devices(finished, tmp_path):
         ({"batch_size": 2048}, DatasetError, "2048.*1437"),
         ({"dtype": "float33"}, ConfigError, "dtype.*float33"),
         ({"steps": 0}, ConfigError, "`steps` is 0"),
-        ({"mesh.data": 64}, ConfigError, "mesh.data=64.*8 devices"),
+        ({"mesh.data": 64}, ConfigError, "mesh.data=64.*there are 8"),
         ({"step": 3}, ConfigError, "unknown key `step`; did you mean `steps`"),
     ],
 )

@@ -5,7 +5,7 @@ is called, and it never imports TensorFlow.
 """
 
 from orthojax.data.augment import augment, normalize
-from orthojax.data.dataset import Dataset, Split, load
+from orthojax.data.dataset import Dataset, Split, load, stand_in
 from orthojax.data.pipeline import TrainIterator, eval_batches
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "eval_batches",
     "load",
     "normalize",
+    "stand_in",
 ]

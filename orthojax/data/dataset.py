@@ -43,6 +43,11 @@ class Dataset:
     mean: np.ndarray
     std: np.ndarray
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C)."""
+        return self.train.images.shape[1:]
+
 
 def load(
     name: str,
@@ -90,6 +95,45 @@ def load(
         mean=train.mean,
         std=train.std,
     )
+
+
+def stand_in(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    downsample: int = 1,
+    train_split: str = "train",
+    test_split: str = "test",
+    cache_dir: str | None = None,
+) -> Dataset:
+    """A data set's shapes without its records: black images in no memory, mean 0 and deviation 1.
+
+    For compiling and measuring programs where the data set is not prepared.
+
+    Args:
+      name: see `load`; the other arguments too, of which the splits and the cache are not used.
+
+    Raises:
+      DatasetError: the name is unknown, or its images are not uint8, of one size, and divisible by
+        `downsample`.
+
+    Example:
+      >>> digits = stand_in("digits", downsample=2)
+      >>> digits.image_shape, digits.num_classes
+      ((4, 4, 1), 10)
+    """
+    del train_split, test_split, cache_dir
+    found = source.find(name, data_dir, prepared=False)
+    _check_downsample(found, downsample)
+    height, width, channels = found.image_shape
+    shape = (height // downsample, width // downsample, channels)
+    count = 2**20
+    split = Split(
+        images=np.broadcast_to(np.uint8(0), (count, *shape)),
+        labels=np.broadcast_to(np.int32(0), (count,)),
+    )
+    mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
+    return Dataset(name, split, split, found.num_classes, mean, std)
 
 
 def average_pool(images: np.ndarray, size: int) -> np.ndarray:

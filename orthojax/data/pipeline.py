@@ -50,6 +50,8 @@ class TrainIterator:
       split: what to draw from.
       batch_size: B, at least 1 and at most `len(split)`; `DatasetError` otherwise.
       seed: a non-negative integer; `ValueError` otherwise.
+      rows: which rows of every batch to gather, for a host that supplies a part of them; None is
+        all. Neither the order nor the state depends on it.
 
     Each item is `{"image": uint8 (B, H, W, C), "label": int32 (B,)}`.
 
@@ -63,7 +65,7 @@ class TrainIterator:
       {'position': 4, 'seed': 0, 'num_images': 10}
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int):
+    def __init__(self, split: Split, batch_size: int, seed: int, rows: np.ndarray | None = None):
         _check_batch_size(batch_size)
         if batch_size > len(split):
             raise DatasetError(
@@ -73,6 +75,7 @@ class TrainIterator:
         self._split = split
         self._batch_size = batch_size
         self._seed = seed
+        self._wanted = slice(None) if rows is None else rows
         self._position = 0
         self._epoch = 0
         self._permutation = epoch_permutation(seed, 0, len(split))
@@ -81,7 +84,7 @@ class TrainIterator:
         return self
 
     def __next__(self) -> Batch:
-        rows = self._rows(self._position)
+        rows = self._rows(self._position)[self._wanted]
         self._position += self._batch_size
         return {
             "image": np.take(self._split.images, rows, axis=0),
@@ -129,12 +132,13 @@ class TrainIterator:
         return np.concatenate(pieces)
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def eval_batches(split: Split, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
     """One pass over a split in its own order, every image exactly once, in batches of one size.
 
     Args:
       split: what to read.
       batch_size: B, at least 1; `DatasetError` otherwise. It may exceed `len(split)`.
+      rows: which rows of every batch to give, as for `TrainIterator`.
 
     Returns:
       An iterator of `{"image": uint8 (B, H, W, C), "label": int32 (B,), "mask": float32 (B,)}`.
@@ -147,17 +151,17 @@ def eval_batches(split: Split, batch_size: int) -> Iterator[Batch]:
       [4.0, 4.0, 2.0]
     """
     _check_batch_size(batch_size)
-    return _padded_batches(split, batch_size)
+    return _padded_batches(split, batch_size, np.arange(batch_size) if rows is None else rows)
 
 
-def _padded_batches(split: Split, batch_size: int) -> Iterator[Batch]:
+def _padded_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:
     for start in range(0, len(split), batch_size):
-        images = split.images[start : start + batch_size]
-        padding = batch_size - len(images)
+        there = rows[start + rows < len(split)] + start  # rows ascend, so the padding comes last
+        padding = len(rows) - len(there)
         yield {
-            "image": np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0))),
-            "label": np.pad(split.labels[start : start + batch_size], (0, padding)),
-            "mask": np.pad(np.ones(len(images), np.float32), (0, padding)),
+            "image": np.pad(split.images[there], ((0, padding), (0, 0), (0, 0), (0, 0))),
+            "label": np.pad(split.labels[there], (0, padding)),
+            "mask": np.pad(np.ones(len(there), np.float32), (0, padding)),
         }
 
 

@@ -48,13 +48,14 @@ class Source:
         return self.builder.info.features[self.label_key].num_classes
 
 
-def find(name: str, data_dir: str | None) -> Source:
+def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
     """Looks a data set up by its TFDS name; `digits` is prepared on the way if need be.
 
     Args:
       name: as `tfds.builder` takes it: `cifar10`, `cifar10:3.0.2`, `cifar10_corrupted/fog_1`.
       data_dir: TFDS data directory; None is TFDS's default, `$TFDS_DATA_DIR` or
         `~/tensorflow_datasets`.
+      prepared: whether there must be records.
 
     Raises:
       DatasetError: the name is unknown; the set is not prepared, or not as `array_record`; it is
@@ -63,9 +64,10 @@ def find(name: str, data_dir: str | None) -> Source:
     from orthojax.data import digits  # here, so that importing orthojax.data does not import TFDS
 
     builder = named_builder(name, data_dir)
-    if isinstance(builder, digits.Digits) and not is_prepared(builder):
-        digits.prepare(builder)
-    check_prepared(name, builder)
+    if prepared:
+        if isinstance(builder, digits.Digits) and not is_prepared(builder):
+            digits.prepare(builder)
+        check_prepared(name, builder)
     return _checked_source(name, builder)
 
 
