@@ -126,6 +126,10 @@ def build(
     )
     # Before the data: a bad depth should not wait for a data set to be decoded.
     net = _make_net(settings)
+    if settings.batch_size % net.bn_groups:
+        raise ConfigError(
+            f"`model.bn_groups`={net.bn_groups} does not divide batch_size={settings.batch_size}"
+        )
     arguments = dict(settings.dataset)
     flip = arguments.pop("flip", False)
     dataset = bind(load, arguments, "dataset")

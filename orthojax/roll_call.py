@@ -43,7 +43,8 @@ def call_the_roll(coordinator: str, processes: int, process_id: int, timeout: fl
 
 
 def _preside(port: int, processes: int, deadline: float, timeout: float) -> None:
-    present: dict[int, socket.socket] = {}
+    present: set[int] = set()
+    callers: list[socket.socket] = []
     error = ""
     with contextlib.ExitStack() as stack:
         try:
@@ -66,7 +67,7 @@ def _preside(port: int, processes: int, deadline: float, timeout: float) -> None
             except TimeoutError:
                 if time.monotonic() < deadline:
                     continue  # somebody who connected and said nothing
-                missing = sorted(set(range(1, processes)) - present.keys())
+                missing = sorted(set(range(1, processes)) - present)
                 error = (
                     f"waited {timeout:g} s for {processes} processes; missing: "
                     f"{', '.join(map(str, missing))}. Start them with the same --coordinator and "
@@ -77,8 +78,9 @@ def _preside(port: int, processes: int, deadline: float, timeout: float) -> None
                 continue  # no process of ours
             if number in present or not 0 < number < processes:
                 error = f"process_id {number} came twice, or is not one of {processes} processes"
-            present[number] = connection
-        for connection in present.values():
+            present.add(number)
+            callers.append(connection)
+        for connection in callers:
             with contextlib.suppress(OSError):
                 connection.sendall(json.dumps(error).encode() + b"\n")
                 # The other side closes first, so that no closing connection holds the port.

@@ -1,6 +1,7 @@
 """The blocks of plain and residual nets: two convolutions each."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 from orthojax.linen import Modulation
 from orthojax.models.convolution import conv_general_dilated
+from orthojax.models.normalization import GroupedBatchNorm
 from orthojax.modulation import Policy
 
 
@@ -22,6 +24,7 @@ class LayerSpec:
       bn_bias: initial bias of batch normalization (the mean before the ReLU).
       policy: modulation policy, or None for no modulation.
       dtype: compute dtype; parameters, statistics and moments are float32.
+      bn_groups: groups of the batch that batch normalization treats apart.
     """
 
     kernel_init: Any
@@ -29,6 +32,7 @@ class LayerSpec:
     bn_bias: float = 0.0
     policy: Policy | None = None
     dtype: Any = jnp.float32
+    bn_groups: int = 1
 
 
 class ConvBN(nn.Module):
@@ -60,7 +64,9 @@ class ConvBN(nn.Module):
         )(x)
         if spec.policy is not None:
             x, link = Modulation(spec.policy, name="modulation")(x, link)
-        x = nn.BatchNorm(
+        grouped = spec.bn_groups > 1
+        norm = functools.partial(GroupedBatchNorm, spec.bn_groups) if grouped else nn.BatchNorm
+        x = norm(
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,

@@ -36,6 +36,9 @@ class ConvNet(nn.Module):
         initializer `(key, shape, dtype) -> array` for all kernels.
       bn_bias: initial bias of every BN. The paper's is 0; a positive one lets most units pass
         the ReLU unchanged, so that a deep plain net is closer to an isometry at initialisation.
+      bn_groups: batch normalization takes its statistics from this many parts of a batch, each on
+        its own; 1 is the whole batch, on however many devices it lies. The number of devices makes
+        it a matter of each device. See `orthojax.models.normalization.GroupedBatchNorm`.
       modulation: an `orthojax.Policy`, or None for no modulation.
       dtype: compute dtype (parameters, statistics and moments are float32).
       scan: stack each stage's equal blocks and run them by `nn.scan`, which compiles in seconds
@@ -53,6 +56,7 @@ class ConvNet(nn.Module):
     num_classes: int = 10
     kernel_init: str | Callable[..., Any] = "orthonormal"
     bn_bias: float = 0.0
+    bn_groups: int = 1
     modulation: Policy | None = None
     dtype: Any = jnp.float32
     scan: bool = True
@@ -66,6 +70,8 @@ class ConvNet(nn.Module):
                 f"depth={self.depth} is not 6n + 2 (a stem, three stages of 2n layers, a head); "
                 f"the nearest are {below} and {below + 6}"
             )
+        if self.bn_groups < 1:
+            raise ValueError(f"bn_groups={self.bn_groups} is not a positive number of groups")
         if not callable(self.kernel_init) and self.kernel_init not in KERNEL_INITS:
             raise ValueError(
                 f"kernel_init={self.kernel_init!r} is unknown; take one of "
@@ -78,7 +84,9 @@ class ConvNet(nn.Module):
             kernel_init = change_init = self.kernel_init
         else:
             kernel_init, change_init = (make() for make in KERNEL_INITS[self.kernel_init])
-        return LayerSpec(kernel_init, change_init, self.bn_bias, self.modulation, self.dtype)
+        return LayerSpec(
+            kernel_init, change_init, self.bn_bias, self.modulation, self.dtype, self.bn_groups
+        )
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
