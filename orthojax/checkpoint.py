@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from orthojax.checksums import find_damage, write_checksums
 from orthojax.errors import WorkdirError
+from orthojax.storage import is_remote, to_path
 
 
 class _WithoutOrbaxChatter(logging.Filter):
@@ -36,10 +37,12 @@ class Checkpointer:
     """Saves and restores the training state of one run, the newest `keep` of them.
 
     A save is renamed into place once everything is in it, so a process killed at any moment
-    leaves the earlier checkpoints as they were. A restore verifies checksums first.
+    leaves the earlier checkpoints as they were. A restore verifies checksums first. (An object
+    store has neither renames nor broken files: there orbax marks a checkpoint as finished, and the
+    store's own checksums have to do.)
 
     Args:
-      directory: holds one subdirectory for each step; created when missing.
+      directory: holds one subdirectory for each step; created when missing; may be `gs://…`.
       keep: how many of the newest checkpoints stay.
 
     Example:
@@ -57,7 +60,9 @@ class Checkpointer:
 
     def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
         # Absolute without following links, as orbax demands.
-        self._directory = pathlib.Path(directory).absolute()
+        self._remote = is_remote(directory)
+        path = to_path(directory)
+        self._directory = path if self._remote else path.absolute()
         self._saving_step: int | None = None
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -110,7 +115,7 @@ class Checkpointer:
         self.wait()
         unreadable: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            if reason := find_damage(self._directory / str(step)):
+            if not self._remote and (reason := find_damage(self._directory / str(step))):
                 unreadable[step] = reason
                 continue
             restored = self._restore(step, abstract_state)
@@ -144,7 +149,7 @@ class Checkpointer:
         self.close()
 
     def _write_checksums(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._remote:
             # A save that failed earlier may have left a directory of the same step.
             unfinished = self._directory.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
             newest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)

@@ -1,12 +1,13 @@
 """The measurements of a run: one JSON line each in `metrics.jsonl`, and TensorBoard on demand."""
 
+import io
 import json
 import math
 import os
-import pathlib
 from typing import Any
 
 from orthojax.errors import UserError, WorkdirError
+from orthojax.storage import is_remote, to_path, write_atomic
 
 _FILE = "metrics.jsonl"
 
@@ -19,7 +20,8 @@ class MetricWriter:
     For that, write the records of a step before its checkpoint is saved.
 
     Args:
-      workdir: an existing directory.
+      workdir: an existing directory. In an object store, which cannot append, the file is
+        written anew with every record.
       tensorboard: whether to write TensorBoard events to `workdir/tensorboard` as well.
       resume_step: the step of the restored checkpoint; None where training begins at the
         beginning, and then all earlier records are dropped.
@@ -29,7 +31,7 @@ class MetricWriter:
       WorkdirError: a line of the existing file, other than the last, is not a JSON object.
 
     Example:
-      >>> import tempfile
+      >>> import pathlib, tempfile
       >>> workdir = tempfile.mkdtemp()
       >>> with MetricWriter(workdir) as writer:
       ...     writer.write(10, "train", loss=2.25, accuracy=0.125)
@@ -44,15 +46,14 @@ class MetricWriter:
         resume_step: int | None = None,
     ):
         # First, since it may fail and must then leave the file as it is.
-        self._events = _open_events(pathlib.Path(workdir), resume_step) if tensorboard else None
-        path = pathlib.Path(workdir, _FILE)
+        self._events = _open_events(workdir, resume_step) if tensorboard else None
+        path = to_path(workdir) / _FILE
+        text = ""
         if path.exists():
             kept = [] if resume_step is None else read_metrics(workdir)
-            lines = [_to_line(record) for record in kept if record["step"] <= resume_step]
-            temporary = path.with_name(f".{_FILE}.tmp")
-            temporary.write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+            text = "".join(_to_line(record) for record in kept if record["step"] <= resume_step)
+            write_atomic(path, text.encode())
+        self._file = _Object(path, text) if is_remote(path) else path.open("a", encoding="utf-8")
 
     def write(self, step: int, kind: str, **scalars: Any) -> None:
         """Appends one record and flushes it.
@@ -81,6 +82,18 @@ class MetricWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Object(io.StringIO):
+    """A text file in an object store."""
+
+    def __init__(self, path: Any, text: str):
+        super().__init__()
+        self.write(text)
+        self._path = path
+
+    def flush(self) -> None:
+        write_atomic(self._path, self.getvalue().encode())
 
 
 class NullWriter:
@@ -112,7 +125,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
       >>> read_metrics(workdir)
       [{'step': 10, 'kind': 'test', 'loss': nan, 'accuracy': 0.1}]
     """
-    path = pathlib.Path(workdir, _FILE)
+    path = to_path(workdir) / _FILE
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     # A record is whole once its end of line is written.
     if lines and not lines[-1].endswith(b"\n"):
@@ -143,7 +156,7 @@ def _to_line(record: dict[str, Any]) -> str:
     return json.dumps(strict, allow_nan=False) + "\n"
 
 
-def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
+def _open_events(workdir: str | os.PathLike, resume_step: int | None) -> Any:
     try:
         import tensorboardX
     except ImportError:
@@ -153,4 +166,4 @@ def _open_events(workdir: pathlib.Path, resume_step: int | None) -> Any:
         ) from None
     # TensorBoard hides what an interrupted run wrote at and after the purge step.
     purge_step = 0 if resume_step is None else resume_step + 1
-    return tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=purge_step)
+    return tensorboardX.SummaryWriter(str(to_path(workdir) / "tensorboard"), purge_step=purge_step)

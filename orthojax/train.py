@@ -24,6 +24,7 @@ from orthojax.modulation import calibrate
 from orthojax.programs import Programs, compile_programs
 from orthojax.progress import Progress
 from orthojax.state import TrainState
+from orthojax.storage import to_path
 from orthojax.workdir import claim, write_json_atomic
 
 
@@ -37,7 +38,7 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
 
     Args:
       config: a Mapping or ConfigDict with the keys of `orthojax.experiment.Settings`.
-      workdir: a directory of this run's own; created when missing.
+      workdir: a directory of this run's own, or `gs://…`; created when missing.
 
     Returns:
       What `summary.json` holds: `test_accuracy` and `test_loss` on the whole test split, `steps`,
@@ -51,7 +52,7 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
       Interrupted: SIGINT or SIGTERM, in whichever process; the state has been saved.
     """
     start = time.monotonic()
-    workdir = pathlib.Path(workdir)
+    workdir = to_path(workdir)
     experiment = build(config)
     settings = experiment.settings
     on_first_process(lambda: claim(workdir, config))

@@ -16,6 +16,7 @@ import jax
 
 from orthojax.config import differences, to_json
 from orthojax.errors import WorkdirError
+from orthojax.storage import is_remote, to_path, write_atomic
 
 _PACKAGES = (
     *("orthojax", "jax", "jaxlib", "flax", "optax"),
@@ -33,11 +34,12 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
     (a list with one entry for each start of the run: versions, devices, seed, command line).
     Where `config.json` holds an equal config the run is being resumed; the section `mesh` may
     differ, because the results do not depend on it. The directory is locked as long as the process
-    lives; the operating system frees the lock even after `kill -9`.
+    lives; the operating system frees the lock even after `kill -9`. (In an object store there are
+    no locks: there, starting one run at a time is the user's part.)
     Of several JAX processes the first one alone may call this.
 
     Args:
-      workdir: a path on a local or shared file system.
+      workdir: a path on a local or shared file system, or `gs://…`.
       config: the resolved config, a Mapping or an ml_collections ConfigDict.
 
     Raises:
@@ -51,9 +53,10 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
       >>> sorted(path.name for path in workdir.iterdir())
       ['config.json', 'environment.json', 'lock']
     """
-    workdir, config = pathlib.Path(workdir), to_json(config)
+    workdir, config = to_path(workdir), to_json(config)
     _open_directory(workdir)
-    _lock(workdir)
+    if not is_remote(workdir):
+        _lock(workdir)
     saved_config = workdir / "config.json"
     if saved_config.exists():
         changes = [
@@ -87,21 +90,15 @@ def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
       >>> path.read_text()
       '{\\n  "steps": 150\\n}\\n'
     """
-    path = pathlib.Path(path)
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    # On the same file system as the target, since os.replace is atomic only there.
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_atomic(path, text.encode())
 
 
-def _open_directory(workdir: pathlib.Path) -> None:
+def _open_directory(workdir: Any) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        names = {entry.name for entry in workdir.iterdir()}
+        # An object store has no empty directories.
+        names = {entry.name for entry in workdir.iterdir()} if workdir.exists() else set()
     except (FileExistsError, NotADirectoryError):
         raise WorkdirError(
             f"{workdir} is a file or lies below one; choose another --workdir"
@@ -145,9 +142,9 @@ def _drop_inherited_locks() -> None:
 os.register_at_fork(after_in_child=_drop_inherited_locks)
 
 
-def _read_json(path: pathlib.Path) -> Any:
+def _read_json(path: Any) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except ValueError as error:
         raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir") from None
 

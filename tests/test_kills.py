@@ -41,8 +41,8 @@ def command(program, workdir):
     return [sys.executable, str(ROOT / "launch" / program), *flags, f"--workdir={workdir}"]
 
 
-def run(arguments, workdir, kill_after=None, victims=None):
-    """Runs until the end, or until `kill_after` seconds after the first step of this start."""
+def run(arguments, kill_after=None, mark="compiled in", victims=None):
+    """Runs until the end, or until `kill_after` seconds after the first line with `mark`."""
     process = subprocess.Popen(
         arguments,
         env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""},
@@ -53,7 +53,7 @@ def run(arguments, workdir, kill_after=None, victims=None):
     lines, timer = [], None
     for line in process.stdout:
         lines.append(line)
-        if kill_after is not None and timer is None and "compiled in" in line:
+        if kill_after is not None and timer is None and mark in line:
 
             def kill():
                 for pid in victims(process) if victims else [process.pid]:
@@ -90,7 +90,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
     workdir, kills, resumed = tmp_path / "run", 0, []
     while kills < 20:
         before = whole_checkpoints(workdir) if workdir.exists() else set()
-        code, output = run(command("train.py", workdir), workdir, random.uniform(0, 3))
+        code, output = run(command("train.py", workdir), random.uniform(0, 3))
         assert code in (-signal.SIGKILL, 0), output
         assert "corrupt" not in output, output
         if before:  # goes on from the newest whole checkpoint, and there are no others
@@ -103,7 +103,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(undisturbed, tmp_path):
     print(f"\n{kills} kills; resumed from steps {resumed}")
     assert kills == 20, f"finished after {kills} kills: give it more steps"
     assert resumed == sorted(resumed) and len(set(resumed)) > 5
-    code, output = run(command("train.py", workdir), workdir)
+    code, output = run(command("train.py", workdir))
     assert code == 0, output
     leaves = zip(
         jax.tree.leaves(jax.device_get(final_state(workdir))),
@@ -128,7 +128,7 @@ def test_a_process_that_is_killed_ends_the_run_and_the_next_goes_on(tmp_path):
             return [int(children.split()[victim])]
 
         start = time.monotonic()
-        code, output = run(arguments, workdir, kill_after=6.0, victims=pids)
+        code, output = run(arguments, kill_after=2.0, mark="  loss ", victims=pids)
         assert code not in (0, 2, 128 + signal.SIGTERM), output
         assert time.monotonic() - start < 120
         if saved:

@@ -1,9 +1,12 @@
 """Training curves of one run, and of several beside each other."""
 
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from orthojax.storage import write_atomic
 
 # Colours that the colour-blind can tell apart (Okabe and Ito).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -93,7 +96,9 @@ def _draw(lines: list[tuple[list, str, dict]], path: str | os.PathLike, title: s
             axes.legend(frameon=False, loc="best")
     figure.suptitle(title)
     FigureCanvasAgg(figure)
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    write_atomic(path, picture.getvalue())
 
 
 def _plot(
