@@ -77,7 +77,9 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
     augment = functools.partial(
         data.augment, mean=dataset.mean, std=dataset.std, flip=experiment.flip
     )
-    step = make_train_step(experiment.net, experiment.optimizer, augment, settings.seed)
+    step = make_train_step(
+        experiment.net, experiment.optimizer, augment, settings.seed, _gather(experiment)
+    )
     state = abstract_state(experiment)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step, out_shardings=(shardings, replicated(experiment.mesh)), donate_argnums=0)
@@ -87,7 +89,7 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
 def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
     dataset = experiment.dataset
     normalize = functools.partial(data.normalize, mean=dataset.mean, std=dataset.std)
-    step = make_eval_step(experiment.net, normalize)
+    step = make_eval_step(experiment.net, normalize, _gather(experiment))
     batch = _abstract_batch(experiment, image="uint8", label="int32", mask="float32")
     jitted = jax.jit(step, out_shardings=replicated(experiment.mesh))
     return jitted.lower(abstract_state(experiment), batch)
@@ -101,6 +103,12 @@ def _init(experiment: Experiment):
         experiment.dataset.image_shape,
         experiment.settings.seed,
     )
+
+
+def _gather(experiment: Experiment):
+    """Left to itself, the compiler would split the convolutions instead, and move activations."""
+    whole = replicated(experiment.mesh)
+    return functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
 
 
 def _abstract_batch(experiment: Experiment, **dtypes: str) -> dict[str, jax.ShapeDtypeStruct]:

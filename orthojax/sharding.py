@@ -1,8 +1,9 @@
 """The device mesh, and where things lie on it.
 
 Two axes, and every device has a share of every batch. Along `data` the parameters are copies; along
-`fsdp` each device keeps a part of the large ones, and the compiler gathers them where they are used
-(fully sharded data parallelism; Rajbhandari et al. 2020, arXiv:1910.02054).
+`fsdp` each device keeps a part of the large ones and of what the optimizer holds for them; a step
+gathers the kernels before it uses them, and updates each part where it lies (fully sharded data
+parallelism; Rajbhandari et al. 2020, arXiv:1910.02054).
 """
 
 from collections.abc import Sequence

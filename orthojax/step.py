@@ -19,6 +19,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     augment: Callable[[jax.Array, jax.Array], jax.Array],
     seed: int,
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
     """The function of one update.
 
@@ -27,6 +28,8 @@ def make_train_step(
       optimizer: any optax transformation.
       augment: `(uint8 images, key) -> float images`.
       seed: the key of step k is `fold_in(key(seed), k)`.
+      gather: applied to the parameters before the net sees them; for a mesh on which they are
+        split, what brings them together.
 
     Returns:
       `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars of the batch, before
@@ -38,7 +41,8 @@ def make_train_step(
         images = augment(batch["image"], key)
 
         def loss_function(params: Any, moments: Any):
-            variables = {"params": params, "batch_stats": state.batch_stats, MOMENTS: moments}
+            variables = {"batch_stats": state.batch_stats, MOMENTS: moments}
+            variables["params"] = gather(params)
             logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits, batch["label"]).mean(), (logits, updated)
 
@@ -66,9 +70,16 @@ def make_train_step(
 
 
 def make_eval_step(
-    net: nn.Module, normalize: Callable[[jax.Array], jax.Array]
+    net: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    gather: Callable[[Any], Any] = lambda params: params,
 ) -> Callable[[TrainState, dict[str, jax.Array]], Metrics]:
     """The function that evaluates one padded batch.
+
+    Args:
+      net: called as `net(images, train=False)`.
+      normalize: `uint8 images -> float images`.
+      gather: see `make_train_step`.
 
     Returns:
       `step(state, batch) -> sums`: float32 `loss`, `correct` and `count` over the images whose
@@ -77,7 +88,7 @@ def make_eval_step(
 
     def eval_step(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
         variables = {
-            "params": state.params,
+            "params": gather(state.params),
             "batch_stats": state.batch_stats,
             MOMENTS: state.moments,
         }

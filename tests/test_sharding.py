@@ -1,11 +1,13 @@
 """One program on meshes of 1 and 8 devices: the same numbers, each array where it should lie."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import digits_plain110
 from orthojax import data
@@ -20,6 +22,7 @@ from orthojax.sharding import (
     local_rows,
     make_mesh,
     state_shardings,
+    to_devices,
 )
 
 STEPS = 4
@@ -91,6 +94,15 @@ def test_large_kernels_and_their_momentum_are_split_and_nothing_else(scan):
     assert len(split) == 2 * len(momentum) > 0
 
 
+@pytest.mark.usefixtures("quick_compilation")
+def test_split_kernels_are_gathered_and_activations_stay_where_they_are():
+    text = lower_train_step(experiment({"data": 2, "fsdp": 4})).compile().as_text()
+    names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    found = set(re.findall(rf" = .*? ({names})(?:-start)?\(", text))
+    assert "all-gather" in found
+    assert not found & {"all-to-all", "collective-permute"}
+
+
 def test_kernels_that_fsdp_does_not_divide_are_left_whole():
     mesh = make_mesh(data=1, fsdp=8)
     tree = {"a": {"kernel": jnp.zeros((3, 3, 12, 20))}, "b": {"kernel": jnp.zeros((9, 64, 12))}}
@@ -114,6 +126,19 @@ def test_one_process_supplies_all_rows():
     for batch_size in (8, 24):
         rows = local_rows(batch_sharding(make_mesh(data=2, fsdp=4), batch_size), batch_size)
         np.testing.assert_array_equal(rows, np.arange(batch_size))
+
+
+def test_rows_reach_their_devices_in_whatever_order_these_lie(monkeypatch):
+    """As in a run of several processes, whose meshes follow the interconnect."""
+    devices = np.random.default_rng(0).permutation(np.asarray(jax.devices())).reshape(2, 4)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
+    sharding = batch_sharding(mesh, 32)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    batch = {"image": np.arange(96).reshape(32, 3), "label": np.arange(32)}
+    placed = to_devices(sharding, 32, local_rows(sharding, 32), batch)
+    for name, array in placed.items():
+        assert array.sharding == sharding
+        np.testing.assert_array_equal(array, batch[name])
 
 
 # --- batch normalization in groups ---------------------------------------------------------------
