@@ -33,7 +33,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "settle": 0.0,
             },
             "regularizer": {"name": "ortho", "coefficient": 1e-4},
-            "optimizer": {"name": "sgd", "learning_rate": 0.01, "momentum": 0.9},
+            "optimizer": {"name": "sgd", "learning_rate": 0.005, "momentum": 0.9},
             "schedule": {
                 "name": "step_decay",
                 "warmup_steps": 20,
