@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from orthojax.checksums import find_damage, write_checksums
 from orthojax.errors import WorkdirError
@@ -16,13 +17,27 @@ from orthojax.storage import is_remote, to_path
 
 
 class _WithoutOrbaxChatter(logging.Filter):
-    """Drops what orbax tells at levels below WARNING, and nothing of anybody else's."""
+    """Drops what orbax tells at levels below WARNING, and nothing of anybody else's.
+
+    Of the warnings, one: that a checkpoint without a test accuracy has none.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or f"{os.sep}orbax{os.sep}" not in record.pathname
+        if f"{os.sep}orbax{os.sep}" not in record.pathname:
+            return True
+        return record.levelno >= logging.WARNING and "did not provide metrics" not in str(
+            record.msg
+        )
 
 
 logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
+
+
+_METRIC = "test_accuracy"
+
+
+def _test_accuracy(metrics: dict[str, float]) -> float:
+    return metrics[_METRIC]
 
 
 class Restored(NamedTuple):
@@ -34,7 +49,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves and restores the training state of one run, the newest `keep` of them.
+    """Saves and restores the training state of one run: the newest `keep` of them, and the best.
 
     A save is renamed into place once everything is in it, so a process killed at any moment
     leaves the earlier checkpoints as they were. A restore verifies checksums first. (An object
@@ -43,7 +58,8 @@ class Checkpointer:
 
     Args:
       directory: holds one subdirectory for each step; created when missing; may be `gs://…`.
-      keep: how many of the newest checkpoints stay.
+      keep: how many of the newest checkpoints stay. Of those saved with a test accuracy the best
+        stays too (the newest of equals).
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -67,7 +83,17 @@ class Checkpointer:
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=_test_accuracy,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                best_fn=_test_accuracy,  # without it orbax keeps no metrics
                 cleanup_tmp_directories=True,  # what a killed process left
                 # Despite its name it runs before the rename: the checksums cannot be missing
                 # from a finished checkpoint.
@@ -75,7 +101,15 @@ class Checkpointer:
             ),
         )
 
-    def save(self, step: int, state: Any, data_state: dict, *, wait: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: dict,
+        *,
+        test_accuracy: float | None = None,
+        wait: bool = False,
+    ) -> None:
         """Saves in the background; a step that is already there is left as it is.
 
         The values are those at the time of the call: the caller may donate `state` right after.
@@ -85,6 +119,7 @@ class Checkpointer:
           step: number of finished training steps.
           state: pytree of jax arrays.
           data_state: position of the data, of JSON's types.
+          test_accuracy: of this state, where it has been evaluated.
           wait: return only once the checkpoint is finished.
         """
         if step not in self._manager.all_steps():
@@ -96,6 +131,7 @@ class Checkpointer:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
                 ),
+                metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
                 force=True,
             )
         if wait:
@@ -129,6 +165,16 @@ class Checkpointer:
                 "Move that directory away to train from the beginning."
             )
         return None
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and test accuracy of the best checkpoint saved with one, or None."""
+        accuracies = {
+            step: _test_accuracy(metrics)
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step)) is not None
+        }
+        best = max(accuracies, key=lambda step: (accuracies[step], step), default=None)
+        return None if best is None else (best, accuracies[best])
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None."""

@@ -41,7 +41,8 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
       workdir: a directory of this run's own, or `gs://…`; created when missing.
 
     Returns:
-      What `summary.json` holds: `test_accuracy` and `test_loss` on the whole test split, `steps`,
+      What `summary.json` holds: `test_accuracy` and `test_loss` on the whole test split,
+      `best_test_accuracy` and `best_step` of the best checkpoint, which is kept, `steps`,
       `seconds` (of this call), `compile_seconds`, `images_per_second` (while training; null if
       nothing was left to train), `parameters` (their number) and `resumed_from_step`.
 
@@ -83,9 +84,12 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
         trainer = _Trainer(experiment, programs, checkpointer, writer, progress, request)
         state = trainer.train(state, batches, first_step)
         test = trainer.test or evaluate(experiment, programs, state)
+        best_step, best_test_accuracy = checkpointer.best() or (None, None)
     summary = {
         "test_accuracy": test["accuracy"],
         "test_loss": test["loss"] if math.isfinite(test["loss"]) else None,
+        "best_test_accuracy": best_test_accuracy,
+        "best_step": best_step,
         "steps": settings.steps,
         "seconds": round(time.monotonic() - start, 2),
         "compile_seconds": round(programs.compile_seconds, 2),
@@ -183,14 +187,20 @@ class _Trainer:
             last = step == settings.steps
             stopping = self._request.reached(step)
             evaluating = step % settings.eval_every == 0 or last
-            saving = step % settings.checkpoint_every == 0 or last or stopping
+            saving = step % settings.checkpoint_every == 0 or evaluating or stopping
             if not (step % settings.log_every == 0 or evaluating or saving):
                 continue
             record = self._collect(step)
             self._training_seconds += time.monotonic() - start
             self._report(step, record, state if evaluating else None)
             if saving:
-                self._checkpointer.save(step, state, batches.get_state(), wait=last or stopping)
+                self._checkpointer.save(
+                    step,
+                    state,
+                    batches.get_state(),
+                    test_accuracy=self.test["accuracy"] if evaluating else None,
+                    wait=last or stopping,
+                )
             if stopping and not last:
                 name = signal.Signals(self._request.signal_number).name
                 raise Interrupted(

@@ -131,6 +131,18 @@ def test_the_newest_are_kept_and_saving_twice_is_no_error(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+    accuracies = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.7, 6: None, 7: 0.6, 8: None}
+    for steps in ((1, 2, 3, 4, 5), (6, 7, 8)):  # and still after a restart
+        with Checkpointer(tmp_path, keep=2) as checkpointer:
+            for step in steps:
+                checkpointer.save(
+                    step, {"a": jnp.float32(step)}, {}, test_accuracy=accuracies[step], wait=True
+                )
+            assert checkpointer.best() == (4, 0.9)
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [4, 7, 8]
+
+
 def damage(file, how):
     content = file.read_bytes()
     if how == "missing":

@@ -231,7 +231,7 @@ def test_damaged_newest_checkpoint_falls_back_to_the_one_before(finished, tmp_pa
 def test_workdir_of_another_config_is_refused_and_untouched(finished):
     workdir, _ = finished
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
-    with pytest.raises(WorkdirError, match=r"optimizer.learning_rate: 0.01 -> 0.5"):
+    with pytest.raises(WorkdirError, match=r"optimizer.learning_rate: 0.005 -> 0.5"):
         config = tiny_config()
         config.optimizer.learning_rate = 0.5
         train_and_evaluate(config, workdir)
