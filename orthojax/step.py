@@ -82,8 +82,9 @@ def make_eval_step(
       gather: see `make_train_step`.
 
     Returns:
-      `step(state, batch) -> sums`: float32 `loss`, `correct` and `count` over the images whose
-      `mask` is 1; dividing totals over all batches gives the exact figures of the split.
+      `step(state, batch) -> sums`: float32 `loss`, `correct`, `correct_top5` and `count` over the
+      images whose `mask` is 1; dividing totals over all batches gives the exact figures of the
+      split.
     """
 
     def eval_step(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
@@ -97,6 +98,7 @@ def make_eval_step(
         return {
             "loss": jnp.sum(_cross_entropy(logits, batch["label"]) * mask),
             "correct": jnp.sum(_correct(logits, batch["label"]) * mask),
+            "correct_top5": jnp.sum(_among_top(5, logits, batch["label"]) * mask),
             "count": jnp.sum(mask),
         }
 
@@ -109,3 +111,8 @@ def _cross_entropy(logits, labels):
 
 def _correct(logits, labels):
     return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+
+
+def _among_top(count, logits, labels):
+    _, best = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+    return jnp.any(best == labels[:, None], axis=-1).astype(jnp.float32)

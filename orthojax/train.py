@@ -41,10 +41,11 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
       workdir: a directory of this run's own, or `gs://…`; created when missing.
 
     Returns:
-      What `summary.json` holds: `test_accuracy` and `test_loss` on the whole test split,
-      `best_test_accuracy` and `best_step` of the best checkpoint, which is kept, `steps`,
-      `seconds` (of this call), `compile_seconds`, `images_per_second` (while training; null if
-      nothing was left to train), `parameters` (their number) and `resumed_from_step`.
+      What `summary.json` holds: `test_accuracy`, `test_top5_accuracy` (the label is among the five
+      largest logits) and `test_loss` on the whole test split, `best_test_accuracy` and `best_step`
+      of the best checkpoint, which is kept, `steps`, `seconds` (of this call), `compile_seconds`,
+      `images_per_second` (while training; null if nothing was left to train), `parameters` (their
+      number) and `resumed_from_step`.
 
     Raises:
       UserError: see `build`, `orthojax.workdir.claim` and `orthojax.checkpoint.Checkpointer`.
@@ -87,6 +88,7 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
         best_step, best_test_accuracy = checkpointer.best() or (None, None)
     summary = {
         "test_accuracy": test["accuracy"],
+        "test_top5_accuracy": test["top5_accuracy"],
         "test_loss": test["loss"] if math.isfinite(test["loss"]) else None,
         "best_test_accuracy": best_test_accuracy,
         "best_step": best_step,
@@ -104,8 +106,8 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
 
 
 def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> dict[str, float]:
-    """Mean loss and accuracy over the whole test split, every image exactly once."""
-    totals = {"loss": 0.0, "correct": 0.0, "count": 0.0}
+    """Mean loss and accuracies over the whole test split, every image exactly once."""
+    totals = {"loss": 0.0, "correct": 0.0, "correct_top5": 0.0, "count": 0.0}
     batch_size = experiment.settings.batch_size
     batches = data.eval_batches(experiment.dataset.test, batch_size, programs.rows)
     for sums in [programs.eval_step(state, programs.put(batch)) for batch in batches]:
@@ -114,6 +116,7 @@ def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> d
     return {
         "loss": totals["loss"] / totals["count"],
         "accuracy": totals["correct"] / totals["count"],
+        "top5_accuracy": totals["correct_top5"] / totals["count"],
     }
 
 

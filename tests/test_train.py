@@ -103,10 +103,14 @@ def test_evaluation_is_exact(finished):
     logits = experiment.net.apply(variables, images.astype(np.float32), train=False)
     logits = np.asarray(logits, np.float64)
     accuracy = np.mean(np.argmax(logits, -1) == split.labels)
+    order = np.argsort(-logits, axis=-1)[:, :5]
+    top5_accuracy = np.mean((order == split.labels[:, None]).any(-1))
     logsumexp = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
     loss = np.mean(logsumexp - logits[np.arange(len(split)), split.labels])
     test = evaluate(experiment, programs, restored.state)
     assert test["accuracy"] == pytest.approx(accuracy, abs=1e-9)
+    assert test["top5_accuracy"] == pytest.approx(top5_accuracy, abs=1e-9)
+    assert accuracy < top5_accuracy < 1
     assert test["loss"] == pytest.approx(loss, rel=1e-4)
     assert summary["test_accuracy"] == test["accuracy"]
 
