@@ -24,29 +24,32 @@ def conv_general_dilated(
     rhs_dilation=None,
     dimension_numbers=None,
     feature_group_count=1,
+    precision=None,
     **kwargs,
 ):
-    """`jax.lax.conv_general_dilated`, formulated for the backend at hand.
+    """`jax.lax.conv_general_dilated`, formulated for the platform that it is compiled for.
 
-    Drop-in for `flax.linen.Conv(conv_general_dilated=...)`. On a CPU a 2-D NHWC "SAME"
+    Drop-in for `flax.linen.Conv(conv_general_dilated=...)`. Compiled for CPUs, a 2-D NHWC "SAME"
     convolution with stride 1, odd window, and no dilation or groups gets a gradient of its own,
-    equal to XLA's up to rounding; everything else, and every other backend, is XLA's as it is.
+    equal to XLA's up to rounding; everything else, and every other platform, is XLA's as it is.
+    What counts is the program's platform and not the machine's: a program for a TPU may be
+    compiled where there is none.
 
     Args and returns: those of `jax.lax.conv_general_dilated`.
     """
     ours = (
-        jax.default_backend() == "cpu"
-        and lhs.ndim == 4
+        lhs.ndim == 4
         and isinstance(padding, str)
         and padding == "SAME"
         and all(stride == 1 for stride in window_strides)
         and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and feature_group_count == 1
+        and not any(kwargs.values())
         and all(size % 2 for size in rhs.shape[:2])
         and _is_nhwc(dimension_numbers, lhs, rhs)
     )
     if ours:
-        return _convolve(lhs, rhs)
+        return _convolve(lhs, rhs, precision)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -56,6 +59,7 @@ def conv_general_dilated(
         rhs_dilation=rhs_dilation,
         dimension_numbers=dimension_numbers,
         feature_group_count=feature_group_count,
+        precision=precision,
         **kwargs,
     )
 
@@ -110,19 +114,29 @@ def _kernel_gradient(x, kernel, cotangent):
     return jnp.transpose(gradient, (1, 2, 0, 3))
 
 
-@jax.custom_vjp
-def _convolve(x, kernel):
-    return _correlate(x, kernel)
-
-
-def _forward(x, kernel):
-    return _correlate(x, kernel), (x, kernel)
-
-
-def _backward(residuals, cotangent):
-    x, kernel = residuals
+def _cpu_gradients(x, kernel, cotangent):
     mirrored = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
     return _correlate(cotangent, mirrored), _kernel_gradient(x, kernel, cotangent)
+
+
+def _same(precision):
+    return functools.partial(_nhwc, padding="SAME", precision=precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _convolve(x, kernel, precision):
+    return lax.platform_dependent(x, kernel, cpu=_correlate, default=_same(precision))
+
+
+def _forward(x, kernel, precision):
+    return _convolve(x, kernel, precision), (x, kernel)
+
+
+def _backward(precision, residuals, cotangent):
+    def gradients(x, kernel, cotangent):
+        return jax.vjp(_same(precision), x, kernel)[1](cotangent)
+
+    return lax.platform_dependent(*residuals, cotangent, cpu=_cpu_gradients, default=gradients)
 
 
 _convolve.defvjp(_forward, _backward)
