@@ -29,6 +29,7 @@ __all__ = [
     "decoupled_ortho",
     "delta_orthonormal",
     "describe",
+    "describe_net",
     "first_link",
     "init_state",
     "modulate",
@@ -40,3 +41,11 @@ __all__ = [
     "read",
     "views",
 ]
+
+
+def __getattr__(name):
+    if name == "describe_net":  # it needs Flax, the rest does not
+        from orthojax.models.summary import describe_net
+
+        return describe_net
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from orthojax import data
 from orthojax.config import bind
 from orthojax.errors import ConfigError
-from orthojax.models import PlainNet, ResNet
+from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, ResNet
 from orthojax.modulation import Policy
 from orthojax.optimizers import bind_named, make_optimizer
 from orthojax.sharding import batch_sharding, make_mesh
 
-MODELS = {"PlainNet": PlainNet, "ResNet": ResNet}
+_NETS = (PlainNet, ResNet, ImageNetPlainNet, ImageNetResNet)
+MODELS = {net.__name__: net for net in _NETS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +27,8 @@ class Settings:
     """The keys of a config. Sections are bound to the function or class that they configure.
 
     Attributes:
-      dataset: arguments of `orthojax.data.load`, and `flip`: mirror training images at random.
-      model: `name` (PlainNet or ResNet) and the arguments of that class.
+      dataset: arguments of `orthojax.data.load`.
+      model: `name`, a class of `orthojax.models`, and the arguments of that class.
       modulation: None, or the arguments of `orthojax.Policy`; `steps` may be None for always.
       optimizer: see `orthojax.optimizers.make_optimizer`.
       schedule: see there.
@@ -74,8 +75,7 @@ class Experiment:
 
     Attributes:
       settings: the config itself.
-      dataset: the images, in memory.
-      flip: whether training images are mirrored at random.
+      dataset: the images.
       net: the model.
       optimizer: regularizer and optimizer, chained.
       schedule: the learning rate as a function of the step.
@@ -84,7 +84,6 @@ class Experiment:
 
     settings: Settings
     dataset: data.Dataset
-    flip: bool
     net: nn.Module
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
@@ -130,12 +129,10 @@ def build(
         raise ConfigError(
             f"`model.bn_groups`={net.bn_groups} does not divide batch_size={settings.batch_size}"
         )
-    arguments = dict(settings.dataset)
-    flip = arguments.pop("flip", False)
-    dataset = bind(load, arguments, "dataset")
-    data.TrainIterator(dataset.train, settings.batch_size, settings.seed)  # fits, or says why not
+    dataset = bind(load, settings.dataset, "dataset")
+    dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
     net = net.clone(num_classes=dataset.num_classes)
-    return Experiment(settings, dataset, flip, net, optimizer, schedule, mesh)
+    return Experiment(settings, dataset, net, optimizer, schedule, mesh)
 
 
 def _make_net(settings: Settings) -> nn.Module:

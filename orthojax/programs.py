@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from orthojax import data
 from orthojax.experiment import Experiment
 from orthojax.sharding import (
     batch_sharding,
@@ -73,12 +72,12 @@ def abstract_state(experiment: Experiment) -> TrainState:
 
 def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
     """The training step of an experiment, traced and ready to compile for its mesh."""
-    settings, dataset = experiment.settings, experiment.dataset
-    augment = functools.partial(
-        data.augment, mean=dataset.mean, std=dataset.std, flip=experiment.flip
-    )
     step = make_train_step(
-        experiment.net, experiment.optimizer, augment, settings.seed, _gather(experiment)
+        experiment.net,
+        experiment.optimizer,
+        experiment.dataset.augment,
+        experiment.settings.seed,
+        _gather(experiment),
     )
     state = abstract_state(experiment)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -87,9 +86,7 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
 
 
 def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
-    dataset = experiment.dataset
-    normalize = functools.partial(data.normalize, mean=dataset.mean, std=dataset.std)
-    step = make_eval_step(experiment.net, normalize, _gather(experiment))
+    step = make_eval_step(experiment.net, experiment.dataset.normalize, _gather(experiment))
     batch = _abstract_batch(experiment, image="uint8", label="int32", mask="float32")
     jitted = jax.jit(step, out_shardings=replicated(experiment.mesh))
     return jitted.lower(abstract_state(experiment), batch)

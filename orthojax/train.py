@@ -1,5 +1,6 @@
 """`train_and_evaluate`: a config and a working directory in, a trained net and its record out."""
 
+import collections
 import contextlib
 import math
 import os
@@ -7,7 +8,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -68,11 +69,14 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
         progress.message(_describe(experiment))
         programs = compile_programs(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
-        batches = _train_iterator(experiment, programs)
+        batches = experiment.dataset.train_batches(
+            settings.batch_size, settings.seed, programs.rows
+        )
+        stack.callback(batches.close)
 
         restored = checkpointer.restore_latest(programs.abstract_state)
         if restored is None:
-            first_step, state = 0, _begin(experiment, programs, progress)
+            first_step, state = 0, _begin(experiment, programs, progress, batches)
         else:
             first_step, state = restored.step, restored.state
             batches.set_state(restored.data_state)
@@ -108,9 +112,9 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
 def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> dict[str, float]:
     """Mean loss and accuracies over the whole test split, every image exactly once."""
     totals = {"loss": 0.0, "correct": 0.0, "correct_top5": 0.0, "count": 0.0}
-    batch_size = experiment.settings.batch_size
-    batches = data.eval_batches(experiment.dataset.test, batch_size, programs.rows)
-    for sums in [programs.eval_step(state, programs.put(batch)) for batch in batches]:
+    batches = experiment.dataset.test_batches(experiment.settings.batch_size, programs.rows)
+    computed = (programs.eval_step(state, programs.put(batch)) for batch in batches)
+    for sums in _late(computed, 2):
         for name, value in jax.device_get(sums).items():
             totals[name] += float(value)
     return {
@@ -120,6 +124,16 @@ def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> d
     }
 
 
+def _late(items: Iterator[Any], lag: int) -> Iterator[Any]:
+    """Yields each item when `lag` more were begun: the host reads on, and not too far."""
+    begun = collections.deque()
+    for item in items:
+        begun.append(item)
+        if len(begun) > lag:
+            yield begun.popleft()
+    yield from begun
+
+
 def _describe(experiment: Experiment) -> str:
     settings, net, mesh = experiment.settings, experiment.net, experiment.mesh
     devices, processes = mesh.devices.flat, jax.process_count()
@@ -127,24 +141,21 @@ def _describe(experiment: Experiment) -> str:
     where += f" of {processes} processes" if processes > 1 else ""
     return (
         f"{type(net).__name__}-{net.depth}, width {net.width}, on {experiment.dataset.name} "
-        f"({len(experiment.dataset.train):,} training and {len(experiment.dataset.test):,} test "
+        f"({experiment.dataset.train_size:,} training and {experiment.dataset.test_size:,} test "
         f"images), {settings.steps:,} steps of {settings.batch_size}, on {where}; compiling..."
     )
 
 
-def _train_iterator(experiment: Experiment, programs: Programs) -> data.TrainIterator:
-    settings = experiment.settings
-    return data.TrainIterator(
-        experiment.dataset.train, settings.batch_size, settings.seed, programs.rows
-    )
-
-
-def _begin(experiment: Experiment, programs: Programs, progress: Progress) -> TrainState:
+def _begin(
+    experiment: Experiment, programs: Programs, progress: Progress, batches: data.TrainBatches
+) -> TrainState:
     """The state before the first update, its modulation moments measured."""
     state = programs.init()
     if not experiment.modulated:
         return state
-    batch = programs.put(next(_train_iterator(experiment, programs)))
+    beginning = batches.get_state()
+    batch = programs.put(next(batches))
+    batches.set_state(beginning)
 
     def measure(moments):
         # The training step itself, so that nothing else is compiled; its update is thrown away.
@@ -181,7 +192,7 @@ class _Trainer:
         self._training_seconds = 0.0
         self.test: dict[str, float] = {}  # of the last evaluation
 
-    def train(self, state: TrainState, batches: data.TrainIterator, first_step: int) -> TrainState:
+    def train(self, state: TrainState, batches: data.TrainBatches, first_step: int) -> TrainState:
         settings = self._settings
         start = time.monotonic()
         for step in range(first_step + 1, settings.steps + 1):

@@ -10,7 +10,6 @@ from flax import linen as nn
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from configs import digits_plain110
-from orthojax import data
 from orthojax.errors import ConfigError
 from orthojax.experiment import build
 from orthojax.models.normalization import GroupedBatchNorm
@@ -40,7 +39,7 @@ def train(mesh, **model):
     """The first state, and states and losses of a few steps."""
     built = experiment(mesh, **model)
     programs = compile_programs(built)
-    batches = data.TrainIterator(built.dataset.train, 32, 0)
+    batches = built.dataset.train_batches(32, 0)
     states, losses = [programs.init()], []
     first = jax.device_get(states[0])
     for _ in range(STEPS):

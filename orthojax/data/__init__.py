@@ -5,12 +5,15 @@ is called, and it never imports TensorFlow.
 """
 
 from orthojax.data.augment import augment, normalize
-from orthojax.data.dataset import Dataset, Split, load, stand_in
-from orthojax.data.pipeline import TrainIterator, eval_batches
+from orthojax.data.dataset import InMemoryDataset, load, stand_in
+from orthojax.data.interface import Dataset, TrainBatches
+from orthojax.data.pipeline import Split, TrainIterator, eval_batches
 
 __all__ = [
     "Dataset",
+    "InMemoryDataset",
     "Split",
+    "TrainBatches",
     "TrainIterator",
     "augment",
     "eval_batches",

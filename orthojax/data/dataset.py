@@ -1,10 +1,14 @@
-"""`load`: a prepared data set, decoded into memory, with the statistics that normalise it."""
+"""A prepared data set decoded into memory, with the statistics that normalise it."""
 
 import dataclasses
+from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from orthojax.data import cache, source
+from orthojax.data.augment import augment, normalize
+from orthojax.data.pipeline import Batch, Split, TrainIterator, eval_batches
 from orthojax.errors import DatasetError
 
 # On the scale 0 to 1. CIFAR's pixels deviate by 0.2 or more; those at the rim of a digit hardly
@@ -15,25 +19,14 @@ _CHUNK = 1024  # images, when summing over a split: bounds the memory of the wid
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Images and labels in memory, in the order of the records.
-
-    Shapes: `images` uint8 (N, H, W, C), `labels` int32 (N,).
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclasses.dataclass(frozen=True)
-class Dataset:
+class InMemoryDataset:
     """Two splits, and the per-pixel mean and standard deviation of the training split.
 
+    See `orthojax.data.Dataset` for its methods.
+
     Shapes: `mean` and `std` float32 (H, W, C), of pixels on the scale 0 to 1 (that is, divided by
-    255); `std` is nowhere below `STD_FLOOR`. Labels are 0 to `num_classes - 1`.
+    255); `std` is nowhere below `STD_FLOOR`. Labels are 0 to `num_classes - 1`. `flip` says whether
+    training images are mirrored at random.
     """
 
     name: str
@@ -42,11 +35,40 @@ class Dataset:
     num_classes: int
     mean: np.ndarray
     std: np.ndarray
+    flip: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return self.train.images.shape[1:]
+
+    @property
+    def train_size(self) -> int:
+        """Images of the training split."""
+        return len(self.train)
+
+    @property
+    def test_size(self) -> int:
+        """Images of the test split."""
+        return len(self.test)
+
+    def train_batches(
+        self, batch_size: int, seed: int, rows: np.ndarray | None = None
+    ) -> TrainIterator:
+        """See `orthojax.data.TrainIterator`."""
+        return TrainIterator(self.train, batch_size, seed, rows)
+
+    def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """See `orthojax.data.eval_batches`."""
+        return eval_batches(self.test, batch_size, rows)
+
+    def augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """See `orthojax.data.augment`."""
+        return augment(images, key, mean=self.mean, std=self.std, flip=self.flip)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """See `orthojax.data.normalize`."""
+        return normalize(images, mean=self.mean, std=self.std)
 
 
 def load(
@@ -57,7 +79,8 @@ def load(
     train_split: str = "train",
     test_split: str = "test",
     cache_dir: str | None = None,
-) -> Dataset:
+    flip: bool = False,
+) -> InMemoryDataset:
     """Loads an image-classification set that TFDS has prepared, or `digits`, which needs no such.
 
     The images are decoded the first time and cached as `.npz` files; a set prepared anew is decoded
@@ -71,6 +94,7 @@ def load(
       test_split: likewise, such as `train[90%:]`.
       cache_dir: where decoded splits are kept; None is `$XDG_CACHE_HOME/orthojax/datasets`, or
         `~/.cache/orthojax/datasets`.
+      flip: whether training images are mirrored at random.
 
     Raises:
       DatasetError: the name or a split is unknown, the set is not prepared, or its images are not
@@ -87,13 +111,14 @@ def load(
     _check_downsample(found, downsample)
     train = _decoded(found, train_split, downsample, cache_dir)
     test = _decoded(found, test_split, downsample, cache_dir)
-    return Dataset(
+    return InMemoryDataset(
         name=name,
         train=Split(train.images, train.labels),
         test=Split(test.images, test.labels),
         num_classes=found.num_classes,
         mean=train.mean,
         std=train.std,
+        flip=flip,
     )
 
 
@@ -105,7 +130,8 @@ def stand_in(
     train_split: str = "train",
     test_split: str = "test",
     cache_dir: str | None = None,
-) -> Dataset:
+    flip: bool = False,
+) -> InMemoryDataset:
     """A data set's shapes without its records: black images in no memory, mean 0 and deviation 1.
 
     For compiling and measuring programs where the data set is not prepared.
@@ -133,7 +159,7 @@ def stand_in(
         labels=np.broadcast_to(np.int32(0), (count,)),
     )
     mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    return Dataset(name, split, split, found.num_classes, mean, std)
+    return InMemoryDataset(name, split, split, found.num_classes, mean, std, flip)
 
 
 def average_pool(images: np.ndarray, size: int) -> np.ndarray:

@@ -1,46 +1,36 @@
 """Batches in host memory: an infinite shuffled stream to train on, one exact pass to evaluate."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from orthojax.data.dataset import Split
-from orthojax.errors import DatasetError
+from orthojax.data.order import Order, check_batch_size
 
 Batch = dict[str, np.ndarray]
 
 
-def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order in which epoch `epoch` visits `size` images, a function of the arguments alone.
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and labels in memory, in the order of the records.
 
-    NumPy promises the same bits for ever from `SeedSequence` and from a bit generator's
-    `random_raw`, but not from `Generator.permutation` (NEP 19). So the order is that of `size`
-    raw 64-bit words of Philox, sorted stably.
-
-    Args:
-      seed: a non-negative integer; `ValueError` otherwise.
-      epoch: a non-negative integer.
-      size: the number of images.
-
-    Returns:
-      int64 (size,), a permutation of `range(size)`.
-
-    Example:
-      >>> epoch_permutation(seed=0, epoch=0, size=5).tolist()
-      [1, 4, 2, 0, 3]
+    Shapes: `images` uint8 (N, H, W, C), `labels` int32 (N,).
     """
-    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(size)
-    return np.argsort(words, kind="stable")
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
 
 class TrainIterator:
     """Yields training batches for ever; batch k is a function of (seed, k) alone.
 
-    The stream is the concatenation over the epochs of `epoch_permutation(seed, epoch, len(split))`,
-    and batch k holds its positions `[k * batch_size, (k + 1) * batch_size)`: a batch may cross from
-    one epoch into the next, and no image is ever dropped. `set_state` followed by `next` gives,
-    bit for bit, what the undisturbed stream would have given.
+    Batch k holds the positions `[k * batch_size, (k + 1) * batch_size)` of `Order(seed,
+    len(split))`: a batch may cross from one epoch into the next, and no image is ever dropped.
+    `set_state` followed by `next` gives, bit for bit, what the undisturbed stream would have given.
 
     Each batch is a new array rather than a buffer used again: `jax.device_put` may keep reading
     from, or even alias, the memory it was given. Gathering needs no thread of its own: it is far
@@ -66,38 +56,27 @@ class TrainIterator:
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, rows: np.ndarray | None = None):
-        _check_batch_size(batch_size)
-        if batch_size > len(split):
-            raise DatasetError(
-                f"batch_size {batch_size} is larger than the training split of {len(split)} "
-                f"images; choose a batch_size of at most {len(split)}"
-            )
+        check_batch_size(batch_size, len(split))
         self._split = split
         self._batch_size = batch_size
-        self._seed = seed
         self._wanted = slice(None) if rows is None else rows
+        self._order = Order(seed, len(split))
         self._position = 0
-        self._epoch = 0
-        self._permutation = epoch_permutation(seed, 0, len(split))
 
     def __iter__(self) -> "TrainIterator":
         return self
 
     def __next__(self) -> Batch:
-        rows = self._rows(self._position)[self._wanted]
+        images = self._order.images(self._position, self._batch_size)[self._wanted]
         self._position += self._batch_size
         return {
-            "image": np.take(self._split.images, rows, axis=0),
-            "label": np.take(self._split.labels, rows),
+            "image": np.take(self._split.images, images, axis=0),
+            "label": np.take(self._split.labels, images),
         }
 
     def get_state(self) -> dict[str, int]:
         """Where the stream stands, JSON-able; `position` counts the images handed out so far."""
-        return {
-            "position": self._position,
-            "seed": self._seed,
-            "num_images": len(self._split),
-        }
+        return self._order.state(self._position)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned.
@@ -109,27 +88,10 @@ class TrainIterator:
           state: what `get_state` returned, perhaps from another process. `DatasetError` if it
             belongs to another seed or to a split of another length, which is another stream.
         """
-        for name, own in (("seed", self._seed), ("num_images", len(self._split))):
-            if state[name] != own:
-                raise DatasetError(
-                    f"the saved data position is of a stream with {name} {state[name]}, this one "
-                    f"has {name} {own}; resume with the data set and seed the run was started with"
-                )
-        self._position = int(state["position"])
+        self._position = self._order.position(state)
 
-    def _rows(self, position: int) -> np.ndarray:
-        """The rows of the split at `[position, position + batch_size)` of the stream."""
-        pieces = []
-        missing = self._batch_size
-        while missing:
-            epoch, start = divmod(position, len(self._split))
-            if epoch != self._epoch:
-                self._permutation = epoch_permutation(self._seed, epoch, len(self._split))
-                self._epoch = epoch
-            pieces.append(self._permutation[start : start + missing])
-            position += len(pieces[-1])
-            missing -= len(pieces[-1])
-        return np.concatenate(pieces)
+    def close(self) -> None:
+        """Frees what the iterator holds: here nothing."""
 
 
 def eval_batches(split: Split, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
@@ -150,7 +112,7 @@ def eval_batches(split: Split, batch_size: int, rows: np.ndarray | None = None) 
       >>> [batch["mask"].sum().item() for batch in eval_batches(split, batch_size=4)]
       [4.0, 4.0, 2.0]
     """
-    _check_batch_size(batch_size)
+    check_batch_size(batch_size)
     return _padded_batches(split, batch_size, np.arange(batch_size) if rows is None else rows)
 
 
@@ -163,8 +125,3 @@ def _padded_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator
             "label": np.pad(split.labels[there], (0, padding)),
             "mask": np.pad(np.ones(len(there), np.float32), (0, padding)),
         }
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise DatasetError(f"batch_size {batch_size} is not positive; choose one of at least 1")

@@ -1,6 +1,17 @@
-"""Flax linen models: `PlainNet` and its residual twin `ResNet`."""
+"""Flax linen models: plain nets and their residual twins."""
 
+from orthojax.models.imagenet import ImageNetPlainNet, ImageNetResNet
 from orthojax.models.nets import ConvNet, PlainNet, ResNet
 from orthojax.models.stacking import stack_blocks, unstack_blocks
+from orthojax.models.summary import describe_net
 
-__all__ = ["ConvNet", "PlainNet", "ResNet", "stack_blocks", "unstack_blocks"]
+__all__ = [
+    "ConvNet",
+    "ImageNetPlainNet",
+    "ImageNetResNet",
+    "PlainNet",
+    "ResNet",
+    "describe_net",
+    "stack_blocks",
+    "unstack_blocks",
+]

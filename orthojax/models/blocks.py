@@ -1,4 +1,4 @@
-"""The blocks of plain and residual nets: two convolutions each."""
+"""The blocks of plain and residual nets, and the Conv-BN layers that they consist of."""
 
 import dataclasses
 import functools
@@ -77,38 +77,82 @@ class ConvBN(nn.Module):
         return x, link
 
 
-class PlainBlock(nn.Module):
-    """Conv-BN-ReLU, twice."""
+@dataclasses.dataclass(frozen=True)
+class BlockLayout:
+    """The convolutions of a block.
 
-    features: int
-    spec: LayerSpec
-    stride: int = 1
+    Attributes:
+      layers: window and channels of each, the channels in multiples of the block's `features`.
+      shortcut: window of the projection shortcut that a residual block has where it changes the
+        shape.
+    """
 
-    @nn.compact
-    def __call__(self, carry, train: bool):
-        for index, stride in enumerate((self.stride, 1)):
-            x, link = ConvBN(self.features, self.spec, stride, name=f"layer_{index}")(carry, train)
-            carry = jax.nn.relu(x), link
-        return carry
+    layers: tuple[tuple[int, int], ...]
+    shortcut: int = 3
+
+    @property
+    def expansion(self) -> int:
+        """Channels that leave the block, in multiples of its `features`."""
+        return self.layers[-1][1]
 
 
-class ResidualBlock(nn.Module):
-    """Conv-BN-ReLU-Conv-BN added to a shortcut, then ReLU.
+BASIC = BlockLayout(layers=((3, 1), (3, 1)))
 
-    The shortcut is the identity, or a 3×3 projection with BN where the shape changes (Xie et
-    al., section 5.1). There is no modulation here: two paths reach every layer, so "the layer
-    above" is not one layer.
+
+class _Block(nn.Module):
+    """What plain and residual blocks share.
+
+    Called as `(x, link), train`; x is (N, H, W, C) and comes back as
+    (N, ceil(H / stride), ceil(W / stride), features · expansion). The stride is that of the first
+    convolution, also where its window is 1×1 (He et al. 2016).
     """
 
     features: int
     spec: LayerSpec
     stride: int = 1
+    layout: BlockLayout = BASIC
+
+    def _layers(self) -> list[ConvBN]:
+        return [
+            ConvBN(
+                self.features * expansion,
+                self.spec,
+                self.stride if index == 0 else 1,
+                window,
+                name=f"layer_{index}",
+            )
+            for index, (window, expansion) in enumerate(self.layout.layers)
+        ]
+
+
+class PlainBlock(_Block):
+    """Conv-BN-ReLU, for every layer of the layout."""
+
+    @nn.compact
+    def __call__(self, carry, train: bool):
+        for layer in self._layers():
+            x, link = layer(carry, train)
+            carry = jax.nn.relu(x), link
+        return carry
+
+
+class ResidualBlock(_Block):
+    """Conv-BN, ReLU between them, added to a shortcut, then ReLU.
+
+    The shortcut is the identity, or a projection with BN where the shape changes: 3×3, if the
+    layout does not say otherwise (Xie et al., section 5.1). There is no modulation here: two paths
+    reach every layer, so "the layer above" is not one layer.
+    """
 
     @nn.compact
     def __call__(self, carry, train: bool):
         x, link = carry
-        y, _ = ConvBN(self.features, self.spec, self.stride, name="layer_0")(carry, train)
-        y, _ = ConvBN(self.features, self.spec, name="layer_1")((jax.nn.relu(y), link), train)
+        first, *others = self._layers()
+        y, _ = first(carry, train)
+        for layer in others:
+            y, _ = layer((jax.nn.relu(y), link), train)
         if y.shape != x.shape:
-            x, _ = ConvBN(self.features, self.spec, self.stride, name="shortcut")(carry, train)
+            window, features = self.layout.shortcut, y.shape[-1]
+            shortcut = ConvBN(features, self.spec, self.stride, window, name="shortcut")
+            x, _ = shortcut(carry, train)
         return jax.nn.relu(x + y), link

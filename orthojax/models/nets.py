@@ -1,5 +1,6 @@
-"""Plain and residual nets of depth 6n + 2, for images of CIFAR-10's kind."""
+"""What all nets share, and the nets of depth 6n + 2, for images of CIFAR-10's kind."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -8,8 +9,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from orthojax.initializers import delta_orthonormal, orthonormal
-from orthojax.linen import MOMENTS
-from orthojax.models.blocks import ConvBN, LayerSpec, PlainBlock, ResidualBlock
+from orthojax.models.blocks import (
+    BASIC,
+    BlockLayout,
+    ConvBN,
+    LayerSpec,
+    PlainBlock,
+    ResidualBlock,
+)
+from orthojax.models.stacking import Stage
 from orthojax.modulation import Policy, first_link
 
 # Name of an initialiser -> (shape-preserving kernels, kernels that change channels or stride).
@@ -21,15 +29,38 @@ KERNEL_INITS = {
 }
 
 
-class ConvNet(nn.Module):
-    """A stem, three stages of n two-layer blocks, global average pooling and a dense head.
-
-    The nets of He et al. (2016, section 4.2) and Xie et al. (2017, section 5.1): one 3×3
-    convolution, then 6n of them at `width`, 2·`width` and 4·`width` channels, halving the
-    resolution at the second and third stage; every convolution is followed by BN and ReLU.
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What tells one `ConvNet` from another.
 
     Attributes:
-      depth: number of parametric layers, 6n + 2: 20, 44, 110, 1,004...
+      blocks: number of blocks of each stage. A stage has twice the channels of the one before, and
+        half its resolution.
+      layout: the convolutions of a block.
+      stem_window: window of the first convolution.
+      stem_stride: its stride.
+      max_pool: whether 3×3 max pooling with stride 2 follows it.
+      last: channels of a 3×3 convolution between the stages and the average pooling, in multiples
+        of the width; 0 for none.
+    """
+
+    blocks: tuple[int, ...]
+    layout: BlockLayout = BASIC
+    stem_window: int = 3
+    stem_stride: int = 1
+    max_pool: bool = False
+    last: int = 0
+
+
+class ConvNet(nn.Module):
+    """A stem, stages of equal blocks, global average pooling and a dense head.
+
+    The common part of `PlainNet`, `ResNet`, `ImageNetPlainNet` and `ImageNetResNet`. Every
+    convolution is followed by BN and ReLU (by the addition first, where a shortcut ends), and has
+    "SAME" padding.
+
+    Attributes:
+      depth: number of layers; a subclass says which there are.
       width: channels of the first stage.
       num_classes: outputs of the head.
       kernel_init: "orthonormal" (Gram-Schmidt; the paper's), "delta_orthonormal" or "he", or an
@@ -39,36 +70,42 @@ class ConvNet(nn.Module):
       bn_groups: batch normalization takes its statistics from this many parts of a batch, each on
         its own; 1 is the whole batch, on however many devices it lies. The number of devices makes
         it a matter of each device. See `orthojax.models.normalization.GroupedBatchNorm`.
-      modulation: an `orthojax.Policy`, or None for no modulation.
+      modulation: an `orthojax.Policy`, or None for no modulation; there is a site at the output of
+        every convolution.
       dtype: compute dtype (parameters, statistics and moments are float32).
       scan: stack each stage's equal blocks and run them by `nn.scan`, which compiles in seconds
         at any depth; False unrolls them. `orthojax.models.stack_blocks` and `unstack_blocks`
         convert the variables.
+      remat: keep only what goes from block to block, and compute the rest again in the backward
+        pass: less memory, more time, the same result.
 
     Called with images, float (N, H, W, C), and `train`; returns float32 logits (N, classes).
 
     Raises:
-      ValueError: depth is not 6n + 2, or the initialiser is unknown.
+      ValueError: the depth or the initialiser is unknown; or `modulation` is given to a residual
+        net, while it is defined for a chain of layers.
     """
 
-    depth: int = 44
-    width: int = 16
-    num_classes: int = 10
+    depth: int
+    width: int
+    num_classes: int
     kernel_init: str | Callable[..., Any] = "orthonormal"
     bn_bias: float = 0.0
     bn_groups: int = 1
     modulation: Policy | None = None
     dtype: Any = jnp.float32
     scan: bool = True
+    remat: bool = False
 
-    block: ClassVar[type[nn.Module]]
+    block: ClassVar[type[nn.Module]] = PlainBlock
 
     def __post_init__(self):
-        if self.depth < 8 or (self.depth - 2) % 6:
-            below = max(8, 6 * ((self.depth - 2) // 6) + 2)
+        self._architecture()  # fails where there is none
+        if self.modulation is not None and self.block is ResidualBlock:
             raise ValueError(
-                f"depth={self.depth} is not 6n + 2 (a stem, three stages of 2n layers, a head); "
-                f"the nearest are {below} and {below + 6}"
+                f"{type(self).__name__} takes no modulation: it is defined between two consecutive "
+                "layers of a chain, and a shortcut gives a layer two neighbours above; leave it "
+                "None"
             )
         if self.bn_groups < 1:
             raise ValueError(f"bn_groups={self.bn_groups} is not a positive number of groups")
@@ -78,6 +115,10 @@ class ConvNet(nn.Module):
                 f"{', '.join(KERNEL_INITS)}, or an initializer (key, shape, dtype) -> array"
             )
         super().__post_init__()
+
+    @nn.nowrap
+    def _architecture(self) -> Architecture:
+        raise NotImplementedError
 
     def _spec(self) -> LayerSpec:
         if callable(self.kernel_init):
@@ -90,28 +131,54 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        spec = self._spec()
-        x, link = ConvBN(self.width, spec, name="stem")(
-            (images.astype(self.dtype), first_link()), train
-        )
-        carry = jax.nn.relu(x), link
-        for index in range(3):
+        plan, spec = self._architecture(), self._spec()
+        stem = ConvBN(self.width, spec, plan.stem_stride, plan.stem_window, name="stem")
+        x, link = stem((images.astype(self.dtype), first_link()), train)
+        x = jax.nn.relu(x)
+        if plan.max_pool:
+            x = MaxPool(name="pool")(x)
+        carry = x, link
+        for index, blocks in enumerate(plan.blocks):
             stage = Stage(
                 self.block,
-                blocks=(self.depth - 2) // 6,
+                blocks=blocks,
                 features=self.width * 2**index,
                 stride=1 if index == 0 else 2,
                 spec=spec,
+                layout=plan.layout,
                 scan=self.scan,
+                remat=self.remat,
                 name=f"stage_{index + 1}",
             )
             carry = stage(carry, train)
-        x = jnp.mean(carry[0].astype(jnp.float32), axis=(1, 2))
+        x, link = carry
+        if plan.last:
+            x, link = ConvBN(self.width * plan.last, spec, name="last")(carry, train)
+            x = jax.nn.relu(x)
+        x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=spec.change_init, name="head")(x)
 
 
+class MaxPool(nn.Module):
+    """3×3 max pooling with stride 2: (N, H, W, C) to (N, ceil(H / 2), ceil(W / 2), C).
+
+    A module, so that its output has a name. It stands between two modulation sites and needs none.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.max_pool(x, (3, 3), (2, 2), padding="SAME")
+
+
 class PlainNet(ConvNet):
-    """The net without shortcuts: Conv-BN-ReLU all the way. See `ConvNet`.
+    """The net without shortcuts, of depth 6n + 2: 20, 44, 110, 1,004...; see `ConvNet`.
+
+    That of He et al. (2016, section 4.2) and Xie et al. (2017, section 5.1): one 3×3 convolution,
+    then 6n of them at `width`, 2·`width` and 4·`width` channels, halving the resolution at the
+    second and third stage, and a head.
+
+    Raises:
+      ValueError: depth is not 6n + 2; see also `ConvNet`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -121,57 +188,26 @@ class PlainNet(ConvNet):
       (2, 10)
     """
 
-    block = PlainBlock
+    depth: int = 44
+    width: int = 16
+    num_classes: int = 10
+
+    @nn.nowrap
+    def _architecture(self) -> Architecture:
+        if self.depth < 8 or (self.depth - 2) % 6:
+            below = max(8, 6 * ((self.depth - 2) // 6) + 2)
+            raise ValueError(
+                f"depth={self.depth} is not 6n + 2 (a stem, three stages of 2n layers, a head); "
+                f"the nearest are {below} and {below + 6}"
+            )
+        return Architecture(blocks=((self.depth - 2) // 6,) * 3)
 
 
-class ResNet(ConvNet):
-    """The residual twin of `PlainNet`, with 3×3 projection shortcuts. See `ConvNet`.
+class ResNet(PlainNet):
+    """The residual twin of `PlainNet`, with 3×3 projection shortcuts.
 
     Raises:
-      ValueError: `modulation` is given; it is defined for a chain of layers.
+      ValueError: `modulation` is given; see also `PlainNet`.
     """
 
     block = ResidualBlock
-
-    def __post_init__(self):
-        if self.modulation is not None:
-            raise ValueError(
-                "ResNet takes no modulation: it is defined between two consecutive layers of a "
-                "chain, and a shortcut gives a layer two neighbours above; leave it None"
-            )
-        super().__post_init__()
-
-
-class Stage(nn.Module):
-    """n blocks at one width; the first changes the shape if there is something to change.
-
-    A block that changes the shape is named `entry`. The others are equal in shape: `block_0`,
-    `block_1`, ... when unrolled, one `scanned` with a leading axis when scanned.
-    """
-
-    block: type[nn.Module]
-    blocks: int
-    features: int
-    stride: int
-    spec: LayerSpec
-    scan: bool
-
-    @nn.compact
-    def __call__(self, carry, train: bool):
-        equal = self.blocks
-        if self.stride != 1 or carry[0].shape[-1] != self.features:
-            carry = self.block(self.features, self.spec, self.stride, name="entry")(carry, train)
-            equal -= 1
-        if not self.scan:
-            for index in range(equal):
-                carry = self.block(self.features, self.spec, name=f"block_{index}")(carry, train)
-        elif equal:
-            scanned = nn.scan(
-                lambda block, carry, _: (block(carry, train), None),
-                variable_axes={"params": 0, "batch_stats": 0, MOMENTS: 0},
-                split_rngs={"params": True},
-                length=equal,
-            )
-            block = self.block(self.features, self.spec, name="scanned")
-            carry, _ = scanned(block, carry, None)
-        return carry

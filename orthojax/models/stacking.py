@@ -1,13 +1,62 @@
-"""Variables of a scanned net to those of an unrolled one, and back."""
+"""Stages of equal blocks, scanned or unrolled, and the variables of one form as the other's."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+
+from orthojax.linen import MOMENTS
+from orthojax.models.blocks import BlockLayout, LayerSpec
 
 _PREFIX = "block_"
 _SCANNED = "scanned"
+
+
+class Stage(nn.Module):
+    """n blocks at one width; the first changes the shape if there is something to change.
+
+    A block that changes the shape is named `entry`. The others are equal in shape: `block_0`,
+    `block_1`, ... when unrolled, one `scanned` with a leading axis when scanned. With `remat` the
+    backward pass computes the inside of each block again.
+    """
+
+    block: type[nn.Module]
+    blocks: int
+    features: int
+    stride: int
+    spec: LayerSpec
+    layout: BlockLayout
+    scan: bool
+    remat: bool
+
+    def _block(self, name: str, stride: int = 1) -> nn.Module:
+        block = self.block
+        if self.remat:
+            # A scan's two loops keep XLA from merging what is computed twice.
+            merged = name != _SCANNED
+            block = nn.remat(block, prevent_cse=merged, static_argnums=(2,))  # `train`
+        return block(self.features, self.spec, stride, self.layout, name=name)
+
+    @nn.compact
+    def __call__(self, carry, train: bool):
+        equal = self.blocks
+        if self.stride != 1 or carry[0].shape[-1] != self.features * self.layout.expansion:
+            carry = self._block("entry", self.stride)(carry, train)
+            equal -= 1
+        if not self.scan:
+            for index in range(equal):
+                carry = self._block(f"{_PREFIX}{index}")(carry, train)
+        elif equal:
+            scanned = nn.scan(
+                lambda block, carry, _: (block(carry, train), None),
+                variable_axes={"params": 0, "batch_stats": 0, MOMENTS: 0},
+                split_rngs={"params": True},
+                length=equal,
+            )
+            carry, _ = scanned(self._block(_SCANNED), carry, None)
+        return carry
 
 
 def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
