@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -113,6 +114,16 @@ def test_evaluation_is_exact(finished):
     assert accuracy < top5_accuracy < 1
     assert test["loss"] == pytest.approx(loss, rel=1e-4)
     assert summary["test_accuracy"] == test["accuracy"]
+
+
+def test_first_layer_filters_of_a_run_are_drawn(finished, tmp_path, capsys):
+    workdir, _ = finished
+    main = runpy.run_path(str(ROOT / "launch" / "draw_filters.py"))["main"]
+    assert main([str(tmp_path / "filters.png"), f"ours={workdir}"]) == 0
+    assert (tmp_path / "filters.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "none.png"), f"ours={tmp_path}"])
+    assert "is not TITLE=WORKDIR of a run" in capsys.readouterr().err
 
 
 def test_a_second_run_of_the_same_command_trains_no_further(finished):
