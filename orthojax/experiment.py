@@ -27,7 +27,8 @@ class Settings:
     """The keys of a config. Sections are bound to the function or class that they configure.
 
     Attributes:
-      dataset: arguments of `orthojax.data.load`.
+      dataset: `name` and the arguments of what loads that set, `orthojax.data.dataset.load` into
+        memory or `orthojax.data.streamed.load` from disk.
       model: `name`, a class of `orthojax.models`, and the arguments of that class.
       modulation: None, or the arguments of `orthojax.Policy`; `steps` may be None for always.
       optimizer: see `orthojax.optimizers.make_optimizer`.
@@ -75,7 +76,7 @@ class Experiment:
 
     Attributes:
       settings: the config itself.
-      dataset: the images.
+      dataset: the images, in memory or streamed.
       net: the model.
       optimizer: regularizer and optimizer, chained.
       schedule: the learning rate as a function of the step.
@@ -129,7 +130,7 @@ def build(
         raise ConfigError(
             f"`model.bn_groups`={net.bn_groups} does not divide batch_size={settings.batch_size}"
         )
-    dataset = bind(load, settings.dataset, "dataset")
+    dataset = bind(data.implementation(load, settings.dataset), settings.dataset, "dataset")
     dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
     net = net.clone(num_classes=dataset.num_classes)
     return Experiment(settings, dataset, net, optimizer, schedule, mesh)

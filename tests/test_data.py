@@ -42,18 +42,6 @@ class OrthojaxColours(tfds.core.GeneratorBasedBuilder):
             yield row, {"image": PIL.Image.fromarray(image), "label": row % 7, "id": str(row)}
 
 
-class OrthojaxUnequalSizes(OrthojaxColours):
-    VERSION = tfds.core.Version("1.0.0")
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(num_classes=7),
-            "id": tfds.features.Text(),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-
 class OrthojaxNoClasses(OrthojaxColours):
     VERSION = tfds.core.Version("1.0.0")
 
@@ -263,7 +251,6 @@ def test_damaged_records(tmp_path, damage):
 @pytest.mark.parametrize(
     "builder_class, says",
     [
-        (OrthojaxUnequalSizes, r"shape \(None, None, 3\)"),
         (OrthojaxNoClasses, "not of images with one class label each"),
     ],
 )

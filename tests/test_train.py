@@ -16,8 +16,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cifar10_plain, cifar10_resnet, digits_plain110, digits_plain110_sgd
-from orthojax import linen, read
+from configs import (
+    cifar10_plain,
+    cifar10_resnet,
+    digits_plain110,
+    digits_plain110_sgd,
+    imagenet_plain,
+    imagenet_resnet,
+)
+from orthojax import data, linen, read
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.experiment import build
 from orthojax.metrics import read_metrics
@@ -296,7 +303,23 @@ def test_every_config_builds(config):
     assert build(config).net.depth in (44, 110)
 
 
-@pytest.mark.parametrize("module", [cifar10_plain, cifar10_resnet])
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(imagenet_plain.get_config(f"method={m}") for m in ("ortho", "isometric", "l2")),
+        imagenet_plain.get_config("depth=101,preset=mini"),
+        *(imagenet_resnet.get_config(f"depth=101,method={m}") for m in ("l2", "ortho")),
+    ],
+)
+def test_every_imagenet_config_builds(config):
+    config.mesh.data = 1
+    experiment = build(config, load=data.stand_in)
+    assert experiment.net.depth in (34, 101)
+    assert experiment.dataset.image_shape in ((224, 224, 3), (64, 64, 3))
+    assert experiment.net.num_classes == 1000
+
+
+@pytest.mark.parametrize("module", [cifar10_plain, cifar10_resnet, imagenet_plain])
 def test_config_arguments_are_checked(module):
     with pytest.raises(ConfigError, match="dephh.*depth"):
         module.get_config("dephh=44")

@@ -1,22 +1,26 @@
-"""Image-classification data: TFDS sources decoded once, an exact training stream, augmentation.
+"""Image-classification data: TFDS sources, in memory or streamed, as exact and resumable batches.
 
-Importing this package imports neither tensorflow-datasets nor scikit-learn: `load` does, when it
-is called, and it never imports TensorFlow.
+Importing this package imports neither tensorflow-datasets nor scikit-learn nor Grain: `load` does,
+when it is called, and it never imports TensorFlow.
 """
 
-from orthojax.data.augment import augment, normalize
-from orthojax.data.dataset import InMemoryDataset, load, stand_in
+from orthojax.data.augmentation import augment, normalize
+from orthojax.data.dataset import InMemoryDataset
 from orthojax.data.interface import Dataset, TrainBatches
+from orthojax.data.loaders import implementation, load, stand_in
 from orthojax.data.pipeline import Split, TrainIterator, eval_batches
+from orthojax.data.streamed import StreamedDataset
 
 __all__ = [
     "Dataset",
     "InMemoryDataset",
     "Split",
+    "StreamedDataset",
     "TrainBatches",
     "TrainIterator",
     "augment",
     "eval_batches",
+    "implementation",
     "load",
     "normalize",
     "stand_in",

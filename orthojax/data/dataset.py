@@ -7,13 +7,15 @@ import jax
 import numpy as np
 
 from orthojax.data import cache, source
-from orthojax.data.augment import augment, normalize
+from orthojax.data.augmentation import augment, normalize
 from orthojax.data.pipeline import Batch, Split, TrainIterator, eval_batches
 from orthojax.errors import DatasetError
 
 # On the scale 0 to 1. CIFAR's pixels deviate by 0.2 or more; those at the rim of a digit hardly
 # ever do, and dividing by their own deviation would make one faint stroke the loudest input.
 STD_FLOOR = 0.05
+
+BLACK_IMAGES = 2**20
 
 _CHUNK = 1024  # images, when summing over a split: bounds the memory of the wider integers
 
@@ -108,7 +110,7 @@ def load(
       ((1437, 8, 8, 1), 360, 10)
     """
     found = source.find(name, data_dir)
-    _check_downsample(found, downsample)
+    _check_shape(found, downsample)
     train = _decoded(found, train_split, downsample, cache_dir)
     test = _decoded(found, test_split, downsample, cache_dir)
     return InMemoryDataset(
@@ -150,16 +152,20 @@ def stand_in(
     """
     del train_split, test_split, cache_dir
     found = source.find(name, data_dir, prepared=False)
-    _check_downsample(found, downsample)
+    _check_shape(found, downsample)
     height, width, channels = found.image_shape
     shape = (height // downsample, width // downsample, channels)
-    count = 2**20
-    split = Split(
-        images=np.broadcast_to(np.uint8(0), (count, *shape)),
-        labels=np.broadcast_to(np.int32(0), (count,)),
-    )
+    split = black_split(shape)
     mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
     return InMemoryDataset(name, split, split, found.num_classes, mean, std, flip)
+
+
+def black_split(shape: tuple[int, int, int]) -> Split:
+    """`BLACK_IMAGES` black images of a shape and of label 0, in no memory."""
+    return Split(
+        images=np.broadcast_to(np.uint8(0), (BLACK_IMAGES, *shape)),
+        labels=np.broadcast_to(np.int32(0), (BLACK_IMAGES,)),
+    )
 
 
 def average_pool(images: np.ndarray, size: int) -> np.ndarray:
@@ -224,8 +230,13 @@ def _decoded(
     return cache.read_or_build(path, cache.fingerprint(found.directory), build)
 
 
-def _check_downsample(found: source.Source, downsample: int) -> None:
+def _check_shape(found: source.Source, downsample: int) -> None:
     height, width, _ = found.image_shape
+    if None in (height, width):
+        raise DatasetError(
+            f"images of {found.full_name} are of many sizes; only those of one fixed size can be "
+            "held decoded in memory"
+        )
     if downsample < 1 or height % downsample or width % downsample:
         raise DatasetError(
             f"downsample={downsample} does not divide the {height}×{width} images of "

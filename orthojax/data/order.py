@@ -1,5 +1,6 @@
 """The order of training images: a function of the seed and the position in the stream alone."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,15 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(words, kind="stable")
 
 
+# Two, because a batch may reach from one epoch into the next.
+_recent_permutation = functools.lru_cache(maxsize=2)(epoch_permutation)
+
+
 class Order:
     """Which image stands where in the endless stream of epochs, each in an order of its own.
 
     The stream is the concatenation over the epochs of `epoch_permutation(seed, epoch, size)`; a
-    position counts images from its beginning. One permutation is kept at a time.
+    position counts images from its beginning.
 
     Args:
       seed: a non-negative integer; `ValueError` otherwise.
@@ -49,21 +54,32 @@ class Order:
     def __init__(self, seed: int, size: int):
         self.seed = seed
         self.size = size
-        self._epoch = 0
-        self._permutation = epoch_permutation(seed, 0, size)
+        _recent_permutation(seed, 0, size)
 
     def images(self, position: int, count: int) -> np.ndarray:
         """The images at `[position, position + count)` of the stream: int64 (count,)."""
         pieces = []
         while count:
             epoch, start = divmod(position, self.size)
-            if epoch != self._epoch:
-                self._permutation = epoch_permutation(self.seed, epoch, self.size)
-                self._epoch = epoch
-            pieces.append(self._permutation[start : start + count])
+            permutation = _recent_permutation(self.seed, epoch, self.size)
+            pieces.append(permutation[start : start + count])
             position += len(pieces[-1])
             count -= len(pieces[-1])
         return np.concatenate(pieces)
+
+    def image(self, position: int) -> int:
+        """The image at a position of the stream."""
+        epoch, start = divmod(position, self.size)
+        return int(_recent_permutation(self.seed, epoch, self.size)[start])
+
+    def random_words(self, position: int, count: int) -> np.ndarray:
+        """What is random about a position of the stream, such as a crop: uint64 (count,).
+
+        Like the order it is the same for ever; images of an epoch draw independently, and so does
+        an image in every epoch.
+        """
+        entropy = np.random.SeedSequence(self.seed, spawn_key=divmod(position, self.size))
+        return np.random.Philox(entropy).random_raw(count)
 
     def state(self, position: int) -> dict[str, int]:
         """What a checkpoint keeps of the stream, of JSON's types."""

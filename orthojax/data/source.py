@@ -1,4 +1,4 @@
-"""Reading prepared TFDS image-classification sets into memory, without TensorFlow."""
+"""Finding prepared TFDS image-classification sets, and reading them, without TensorFlow."""
 
 import contextlib
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
@@ -39,7 +40,7 @@ class Source:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, C)."""
+        """(H, W, C); H and W are None where images are of many sizes."""
         return self.builder.info.features[self.image_key].shape
 
     @property
@@ -59,7 +60,7 @@ def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
 
     Raises:
       DatasetError: the name is unknown; the set is not prepared, or not as `array_record`; it is
-        not one of uint8 images of a fixed size with one class label each.
+        not one of uint8 images with one class label each.
     """
     from orthojax.data import digits  # here, so that importing orthojax.data does not import TFDS
 
@@ -132,6 +133,22 @@ def prepare_command(name: str, builder: Any) -> str:
     return shlex.join(command)
 
 
+def records(source: Source, split: str) -> Records:
+    """Where the records of a split are.
+
+    Args:
+      source: from `find`.
+      split: a TFDS split, sliced or not: `train`, `train[:90%]`, `train[1000:]+test`.
+
+    Raises:
+      DatasetError: there is no such split, or it is empty.
+    """
+    instructions = _checked_split(source, split).file_instructions
+    shards = tuple(f"{i.filename}[{i.skip}:{i.skip + i.take}]" for i in instructions if i.take)
+    size = sum(i.take for i in instructions)
+    return Records(split, source.directory, shards, size, source.image_key, source.label_key)
+
+
 def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes every image of a split, in the order of its records, with a progress line on stderr.
 
@@ -145,16 +162,8 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
       DatasetError: there is no such split, it is empty, or its records cannot be read.
     """
-    try:
-        size = source.builder.info.splits[split].num_examples
-        records = source.builder.as_data_source(split=split) if size else []
-    except ValueError as error:
-        raise DatasetError(f"split {split!r} of {source.full_name}: {error}") from error
-    if not size:
-        raise DatasetError(
-            f"split {split!r} of {source.full_name} holds no image; choose a larger one"
-        )
-
+    size = _checked_split(source, split).num_examples
+    records = source.builder.as_data_source(split=split)
     images = np.empty((size, *source.image_shape), np.uint8)
     labels = np.empty(size, np.int32)
     with quiet(), _progress(f"decoding {source.full_name} {split}", size) as show:
@@ -165,6 +174,19 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
                 labels[row] = example[source.label_key]
             show(rows.stop)
     return images, labels
+
+
+def _checked_split(source: Source, split: str) -> Any:
+    try:
+        found = source.builder.info.splits[split]
+        size = found.num_examples
+    except ValueError as error:
+        raise DatasetError(f"split {split!r} of {source.full_name}: {error}") from error
+    if not size:
+        raise DatasetError(
+            f"split {split!r} of {source.full_name} holds no image; choose a larger one"
+        )
+    return found
 
 
 def _read(source: Source, records: Any, rows: range) -> list[dict[str, Any]]:
@@ -204,10 +226,9 @@ def _checked_source(name: str, builder: Any) -> Source:
             f"{features}; choose an image-classification set"
         )
     image = features[image_key]
-    if None in image.shape or image.np_dtype != np.uint8:
+    if image.np_dtype != np.uint8:
         raise DatasetError(
-            f"images of data set {name!r} are {image.np_dtype} of shape {image.shape}; only uint8 "
-            "images of one fixed size can be held decoded in memory"
+            f"images of data set {name!r} are {image.np_dtype}; choose one of uint8 images"
         )
     return Source(builder, image_key, label_key)
 

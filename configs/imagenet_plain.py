@@ -1,0 +1,99 @@
+"""Plain nets on ImageNet: the paper's protocol, and a preset to try the machinery with.
+
+The paper (section 5.1): batches of 256, 224×224 crops of 256×256 images, and the hyperparameters of
+the CIFAR-10 protocol: SGD with momentum 0.9, learning rate 0.1 divided by 10 at half and at three
+quarters of the run, coefficient 1e-4. It does not say how long a run is; `epochs` does here, and
+120 are the 600,000 iterations of He et al. (2016), whose hyperparameters those are.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from configs.cifar10_plain import MODULATED_FRACTION
+from orthojax.config import parse_arguments
+
+TRAINING_IMAGES = 1_281_167
+BATCH_SIZE = 256
+
+
+def get_config(arguments: str | None = None) -> ConfigDict:
+    """Arguments: depth, method, epochs, preset.
+
+    depth (34): 34 or 101.
+    method: `ortho`, the paper's (orthonormal initialisation and regularizer, modulation for the
+      first n steps); `isometric`, this project's (delta-orthonormal kernels and a BN bias of 1,
+      modulation throughout); `l2`, the baseline (He initialisation, L2, no modulation).
+    epochs (120): of the whole data set.
+    preset: `full`; or `mini`, width 8, 64×64 crops, batches of 20 and 75 steps, float32: five
+      epochs of a set of 300 images.
+    """
+    args = parse_arguments(
+        arguments,
+        depth=34,
+        method=("ortho", "isometric", "l2"),
+        epochs=120,
+        preset=("full", "mini"),
+    )
+    mini = args.preset == "mini"
+    batch_size = 20 if mini else BATCH_SIZE
+    epoch = 15 if mini else TRAINING_IMAGES // BATCH_SIZE
+    steps = 5 * epoch if mini else args.epochs * TRAINING_IMAGES // BATCH_SIZE
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "steps": steps,
+            "batch_size": batch_size,
+            "dtype": "float32" if mini else "bfloat16",
+            "dataset": {
+                "name": "imagenet2012",
+                "data_dir": placeholder(str),
+                "resize": 72 if mini else 256,
+                "crop": 64 if mini else 224,
+                "flip": True,
+                "workers": placeholder(int),
+            },
+            "model": {
+                "name": "ImageNetPlainNet",
+                "depth": args.depth,
+                "width": 8 if mini else 64,
+                "kernel_init": "orthonormal",
+                "bn_bias": 0.0,
+                "scan": True,
+                "remat": False,
+            },
+            "modulation": {
+                "mode": "running",
+                "decay": 0.9,
+                "tolerance": 0.1,
+                "max_scale": 10.0,
+                "steps": round(MODULATED_FRACTION * steps),
+                "settle": 0.0,
+            },
+            "regularizer": {"name": "ortho", "coefficient": 1e-4},
+            "optimizer": {"name": "sgd", "learning_rate": 0.02 if mini else 0.1, "momentum": 0.9},
+            "schedule": {
+                "name": "step_decay",
+                "warmup_steps": 5 if mini else 0,
+                "boundaries": (0.5, 0.75),
+                "factor": 0.1,
+            },
+            "log_every": 5 if mini else 100,
+            "eval_every": epoch,
+            "checkpoint_every": 5 if mini else 1_000,
+            "keep_checkpoints": 3,
+            "tensorboard": False,
+            "mesh": {"data": -1, "fsdp": 1},
+        }
+    )
+    if args.method == "isometric":
+        config.model.kernel_init = "delta_orthonormal"
+        config.model.bn_bias = 1.0
+        with config.ignore_type():
+            config.modulation.steps = None
+        if not mini:
+            config.optimizer.learning_rate = 0.02  # as on CIFAR-10; not tuned on ImageNet
+    elif args.method == "l2":
+        config.model.kernel_init = "he"
+        config.modulation = None
+        config.regularizer = {"name": "l2", "coefficient": 1e-4}
+    return config

@@ -1,0 +1,208 @@
+"""Sets of photographs of many sizes, such as ImageNet: read from disk while a net trains."""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+from orthojax.data import source
+from orthojax.data.augmentation import augment_photographs, standardize_rgb
+from orthojax.data.dataset import BLACK_IMAGES, black_split
+from orthojax.data.interface import Batch, TrainBatches
+from orthojax.data.pipeline import Split, TrainIterator, eval_batches
+from orthojax.data.records import Records
+from orthojax.errors import DatasetError
+
+PACKAGES = ("grain", "simplejpeg", "cv2")  # of the extra `imagenet`
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedDataset:
+    """Photographs scaled to a square, cropped at random, and augmented on the device.
+
+    See `orthojax.data.Dataset` for its methods, and `load` for the attributes.
+    """
+
+    name: str
+    train: Records
+    test: Records
+    num_classes: int
+    resize: int
+    crop: int
+    flip: bool
+    color_std: float
+    workers: int
+    threads: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of a crop."""
+        return self.crop, self.crop, 3
+
+    @property
+    def train_size(self) -> int:
+        """Images of the training split."""
+        return len(self.train)
+
+    @property
+    def test_size(self) -> int:
+        """Images of the test split."""
+        return len(self.test)
+
+    def train_batches(
+        self, batch_size: int, seed: int, rows: np.ndarray | None = None
+    ) -> TrainBatches:
+        """See `orthojax.data.Dataset`; worker processes start with the first batch."""
+        from orthojax.data import reader  # here, because Grain takes a second to import
+
+        return reader.StreamedTrainIterator(
+            self.train, self._geometry(), batch_size, seed, rows, **self._processes()
+        )
+
+    def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """See `orthojax.data.Dataset`; an image that cannot be decoded counts as padding."""
+        from orthojax.data import reader
+
+        return reader.streamed_test_batches(
+            self.test, self._geometry(), batch_size, rows, **self._processes()
+        )
+
+    def augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
+        """See `orthojax.data.augmentation.augment_photographs`."""
+        return augment_photographs(images, key, flip=self.flip, color_std=self.color_std)
+
+    def normalize(self, images: jax.Array) -> jax.Array:
+        """See `orthojax.data.augmentation.standardize_rgb`."""
+        return standardize_rgb(images)
+
+    def _geometry(self):
+        from orthojax.data.reader import Geometry
+
+        return Geometry(self.resize, self.crop)
+
+    def _processes(self) -> dict[str, int]:
+        return {"workers": self.workers, "threads": self.threads}
+
+
+class StandIn(StreamedDataset):
+    """The same without records: black images."""
+
+    def train_batches(
+        self, batch_size: int, seed: int, rows: np.ndarray | None = None
+    ) -> TrainBatches:
+        """See `orthojax.data.Dataset`."""
+        return TrainIterator(self._black(), batch_size, seed, rows)
+
+    def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
+        """See `orthojax.data.Dataset`."""
+        return eval_batches(self._black(), batch_size, rows)
+
+    def _black(self) -> Split:
+        return black_split(self.image_shape)
+
+
+def load(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    train_split: str = "train",
+    test_split: str = "validation",
+    resize: int = 256,
+    crop: int = 224,
+    flip: bool = True,
+    color_std: float = 0.1,
+    workers: int | None = None,
+    threads: int = 1,
+) -> StreamedDataset:
+    """Opens a set of photographs that TFDS has prepared, such as `imagenet2012`.
+
+    Training images are scaled to a square of side `resize`, whatever their aspect ratio, and a
+    random square of side `crop` is cut from it; test images are cut in the centre. What is
+    random on the host is a function of the seed and the position in the stream, so neither the
+    number of workers nor that of hosts changes an image.
+
+    Args:
+      name: a TFDS name, or `imagenet2012_256`, which `launch/prepare_data.py --resize=256` makes.
+      data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
+      train_split: a TFDS split, which may be sliced, such as `train[:90%]`.
+      test_split: likewise.
+      resize: in pixels.
+      crop: in pixels, at most `resize`; what the net sees.
+      flip: whether training images are mirrored at random.
+      color_std: of the coefficients of AlexNet's colour augmentation; 0 for none.
+      workers: processes that decode; None is one for each core this process may use, and 0 decodes
+        in threads of this process.
+      threads: of each worker; more than one where reading has to wait for a distant disk.
+
+    Raises:
+      DatasetError: the name or a split is unknown, the set is not prepared, a number is
+        impossible, or a package is missing.
+    """
+    found = source.find(name, data_dir)
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise DatasetError(
+            f"reading {name!r} needs {', '.join(missing)}; install what is missing with\n"
+            "    pip install 'orthojax[imagenet]'"
+        )
+    train, test = (source.records(found, split) for split in (train_split, test_split))
+    numbers = _checked(resize, crop, color_std, workers, threads)
+    return StreamedDataset(name, train, test, found.num_classes, flip=flip, **numbers)
+
+
+def stand_in(
+    name: str,
+    data_dir: str | None = None,
+    *,
+    train_split: str = "train",
+    test_split: str = "validation",
+    resize: int = 256,
+    crop: int = 224,
+    flip: bool = True,
+    color_std: float = 0.1,
+    workers: int | None = None,
+    threads: int = 1,
+) -> StandIn:
+    """The same without records: black images.
+
+    Args:
+      name: see `load`; the other arguments too.
+
+    Raises:
+      DatasetError: the name is unknown or a number is impossible.
+
+    Example:
+      >>> stand_in("imagenet2012").image_shape
+      (224, 224, 3)
+    """
+    del train_split, test_split
+    found = source.find(name, data_dir, prepared=False)
+    records = Records("", "", (), BLACK_IMAGES, found.image_key, found.label_key)
+    numbers = _checked(resize, crop, color_std, workers, threads)
+    return StandIn(name, records, records, found.num_classes, flip=flip, **numbers)
+
+
+def _checked(
+    resize: int, crop: int, color_std: float, workers: int | None, threads: int
+) -> dict[str, float]:
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    if not 1 <= crop <= resize:
+        raise DatasetError(f"crop={crop} is not from 1 to resize={resize}")
+    for name, value, least in (
+        ("color_std", color_std, 0),
+        ("workers", workers, 0),
+        ("threads", threads, 1),
+    ):
+        if value < least:
+            raise DatasetError(f"{name}={value} is less than {least}")
+    return {
+        "resize": resize,
+        "crop": crop,
+        "color_std": color_std,
+        "workers": workers,
+        "threads": threads,
+    }
