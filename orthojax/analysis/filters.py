@@ -63,6 +63,7 @@ def draw_filters(kernels: Mapping[str, np.ndarray], path: str | os.PathLike) -> 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(kernels), 4.3), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.1)
     panels = figure.subplots(1, len(kernels), squeeze=False)[0]
     for axes, (title, kernel) in zip(panels, kernels.items(), strict=True):
         grid = tile_filters(np.asarray(kernel))
