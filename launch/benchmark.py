@@ -1,93 +1,91 @@
-"""Measures what the method costs: a training step with it against the same net with SGD + L2.
+"""Measures the training step, the input, compilation and memory, against targets and a baseline.
 
-python launch/benchmark.py                        # CIFAR-10 plain-44, 32×32, batch 128
-python launch/benchmark.py --depth=20 --rounds=5 --output=runs/step_cost.json
+python launch/benchmark.py all                    # ten minutes on two CPU cores
+python launch/benchmark.py step memory --rounds=5
+python launch/benchmark.py input --data_dir=DIR   # DIR with a prepared imagenet2012
 
-Variants take turns within a round, and ratios are taken round by round. No data set is needed.
+What is compared takes turns within a round, and ratios are taken round by round. Writes
+figures.json, figures.md and figures.png; the exit status is 1 if a ratio is worse than the
+baseline's. No data set is needed, except for the input of photographs; PyTorch is compared with
+where it is installed.
 """
 
 import argparse
-import json
+import importlib
 import os
 import pathlib
 import platform
-import statistics
 import sys
-
-import jax
-import jax.numpy as jnp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilation is measured, too
 
-from configs.cifar10_plain import get_config  # noqa: E402
-from orthojax import data  # noqa: E402
-from orthojax.analysis.timing import ratios, time_interleaved  # noqa: E402
-from orthojax.experiment import build  # noqa: E402
-from orthojax.programs import compile_programs  # noqa: E402
-
-BASELINE = "SGD + L2"
-VARIANTS = {  # name -> regularizer, modulation
-    BASELINE: ("l2", False),
-    "SGD + ortho": ("ortho", False),
-    "SGD + L2 + modulation": ("l2", True),
-    "SGD + ortho + modulation": ("ortho", True),
-}
+PARTS = ("step", "input", "compile", "memory")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, default=44)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=pathlib.Path, help="write the record here as JSON")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="+", choices=(*PARTS, "all"), metavar="|".join(PARTS))
+    parser.add_argument("--rounds", type=int, default=11, help="at least 2")
+    parser.add_argument("--depth", type=int, default=44, help="of the net")
+    parser.add_argument("--data_dir", help="of the prepared imagenet2012")
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument(
+        "--baseline", type=pathlib.Path, default=ROOT / "docs" / "runs" / "benchmark" / "1.json"
+    )
     arguments = parser.parse_args()
-    programs = {name: compile_variant(name, arguments.depth) for name in VARIANTS}
-    seconds = time_interleaved({n: make_step(p) for n, p in programs.items()}, arguments.rounds)
-    relative = ratios(seconds, BASELINE)
-    memory = {name: peak_memory(p.train_step) for name, p in programs.items()}
-    print(f"\nplain-{arguments.depth}, batch 128 of 32×32×3, {arguments.rounds} rounds")
-    print("| | s/step (median) | time, ratio (quartiles) | memory, MiB | ratio |")
-    print("|---|---|---|---|---|")
-    for name in VARIANTS:
-        median, mib = statistics.median(seconds[name]), memory[name] / 2**20
-        share = memory[name] / memory[BASELINE]
-        print(f"| {name} | {median:.3f} | {relative[name]} | {mib:,.1f} | {share:.4f} |")
-    if arguments.output:
-        record = {"depth": arguments.depth, "seconds": seconds, "memory_bytes": memory}
-        record |= {"jax": jax.__version__, "cores": os.cpu_count(), "cpu": platform.processor()}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(record, indent=2) + "\n")
+    if arguments.rounds < 2:
+        parser.error(f"--rounds={arguments.rounds} shows no spread; give 2 or more")
+
+    from orthojax.analysis.figures import draw_figures, read, regressions, save, table
+    from orthojax.errors import UserError
+
+    try:
+        baseline = read(arguments.baseline) if arguments.baseline.exists() else {}
+    except UserError as error:
+        parser.error(str(error))
+    figures = []
+    for part in PARTS:
+        if part in arguments.parts or "all" in arguments.parts:
+            print(f"{part}:", file=sys.stderr)
+            measure = importlib.import_module(f"benchmarks.{part}").measure
+            extra = {"data_dir": arguments.data_dir} if part == "input" else {}
+            figures += measure(arguments.rounds, arguments.depth, **extra)
+    print(table(figures))
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    save(arguments.output / "figures.json", figures, **environment())
+    (arguments.output / "figures.md").write_text(table(figures) + "\n")
+    draw_figures(figures, arguments.output / "figures.png")
+    worse = regressions(figures, baseline)
+    print(*(f"worse than {arguments.baseline}: {line}" for line in worse), sep="\n", end="")
+    return 1 if worse else 0
 
 
-def compile_variant(name, depth):
-    regularizer, modulated = VARIANTS[name]
-    config = get_config(f"depth={depth},method={'ortho' if modulated else 'l2'}")
-    config.regularizer = {"name": regularizer, "coefficient": 1e-4}
-    config.mesh.data = 1
-    programs = compile_programs(build(config, load=data.stand_in))
-    print(f"{name}: compiled in {programs.compile_seconds:.1f} s", file=sys.stderr)
-    return programs
+def environment() -> dict:
+    """What the figures depend on."""
+    import jax
+
+    return {
+        "command": " ".join(["python", "launch/benchmark.py", *sys.argv[1:]]),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
 
 
-def make_step(programs):
-    """A function that makes one training step on random images, and waits for it."""
-    key, state = jax.random.key(0), [programs.init()]
-    image = jax.random.randint(key, (128, 32, 32, 3), 0, 256).astype(jnp.uint8)
-    batch = programs.put({"image": image, "label": jnp.arange(128, dtype=jnp.int32) % 10})
-
-    def step():
-        state[0], metrics = programs.train_step(state[0], batch)
-        jax.block_until_ready(metrics)
-
-    return step
-
-
-def peak_memory(compiled) -> int:
-    """Bytes of a compiled program's arguments, results and temporary buffers; aliases once."""
-    sizes = compiled.memory_analysis()
-    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    return held + sizes.temp_size_in_bytes
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -42,7 +42,10 @@ def config_name() -> str:
 
 def _parse(argv):
     with _config_errors_in_one_line(argv):
-        remaining = flags.FLAGS(argv)
+        try:
+            remaining = flags.FLAGS(argv)
+        except SystemExit:  # of absl's --help, which calls that a failure
+            sys.exit(0)
         flags.FLAGS.config.to_dict()  # a config that could not be loaded fails at its first use
         return remaining
 

@@ -17,8 +17,9 @@ from importlib.metadata import version
 os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: it must not look for a TPU
 
 from absl import flags
-from command_line import define_config, run
 from ml_collections import config_flags
+
+from command_line import define_config, run
 
 PACKAGES = ("orthojax", "jax", "jaxlib", "libtpu", "flax", "optax")
 

@@ -12,13 +12,12 @@ import pathlib
 import statistics
 import sys
 
-from matplotlib.figure import Figure
-
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.digits_plain110 import get_config  # noqa: E402
 from orthojax import orthonormality_error  # noqa: E402
+from orthojax.analysis.picture import new_picture, write_picture  # noqa: E402
 from orthojax.checkpoint import Checkpointer  # noqa: E402
 from orthojax.errors import DivergenceError  # noqa: E402
 from orthojax.experiment import build  # noqa: E402
@@ -71,11 +70,11 @@ def final_errors(config, workdir: pathlib.Path) -> list[float]:
 
 def draw(records: list[dict], path: pathlib.Path) -> None:
     """Every run a dot, the means a line; the coefficient 0 stands left of the smallest other."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    picture = new_picture(9, 3.4)
     values = sorted({record["coefficient"] for record in records})
     places = {value: value or min(filter(None, values)) / 10 for value in values}
     labels = [f"$10^{{{round(math.log10(v))}}}$" if v else "0" for v in values]
-    for axes, (key, scale, label) in zip(figure.subplots(1, 2), PANELS, strict=True):
+    for axes, (key, scale, label) in zip(picture.subplots(1, 2), PANELS, strict=True):
         runs = [(r["coefficient"], scale * r[key]) for r in records if r[key] is not None]
         means = {v: [y for x, y in runs if x == v] for v in values}
         line = [(places[v], statistics.fmean(ys)) for v, ys in means.items() if ys]
@@ -84,7 +83,7 @@ def draw(records: list[dict], path: pathlib.Path) -> None:
         axes.set(xscale="log", xlabel="coefficient λ", ylabel=label)
         axes.set_xticks(list(places.values()), labels)
     axes.set_yscale("log")
-    figure.savefig(path, dpi=150)
+    write_picture(picture, path)
 
 
 if __name__ == "__main__":

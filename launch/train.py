@@ -8,6 +8,7 @@ python launch/train.py --config.optimizer.learning_rate=0.05  # any key of the c
 import pathlib
 
 from absl import flags
+
 from command_line import config_name, define_config, run
 
 

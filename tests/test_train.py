@@ -330,7 +330,7 @@ def test_config_arguments_are_checked(module):
 def test_help_is_quick_and_imports_stay_light():
     start = time.monotonic()
     subprocess.run(
-        [sys.executable, str(ROOT / "launch/train.py"), "--help"], capture_output=True, check=False
+        [sys.executable, str(ROOT / "launch/train.py"), "--help"], capture_output=True, check=True
     )
     assert time.monotonic() - start < 10  # 1 to 2 seconds on an idle machine
     code = (

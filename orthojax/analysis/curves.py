@@ -1,15 +1,12 @@
 """Training curves of one run, and of several beside each other."""
 
-import io
 import math
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orthojax.storage import write_atomic
+from orthojax.analysis.picture import COLOURS, clear_frame, new_picture, write_picture
 
-# Colours that the colour-blind can tell apart (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _THIN = {"linewidth": 1.2}
 _MARKED = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
 
@@ -35,8 +32,8 @@ def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> N
     """
     records = list(records)
     lines = [
-        (records, "train", {"label": "train", "color": _COLOURS[0], **_THIN}),
-        (records, "test", {"label": "test", "color": _COLOURS[1], **_MARKED}),
+        (records, "train", {"label": "train", "color": COLOURS[0], **_THIN}),
+        (records, "test", {"label": "test", "color": COLOURS[1], **_MARKED}),
     ]
     _draw(lines, path, title)
 
@@ -63,7 +60,7 @@ def draw_comparison(
     """
     lines = []
     for index, (name, seeds) in enumerate(runs.items()):
-        colour = _COLOURS[index % len(_COLOURS)]
+        colour = COLOURS[index % len(COLOURS)]
         for seed, records in enumerate(seeds):
             records = list(records)
             label = name if seed == 0 else None
@@ -73,12 +70,8 @@ def draw_comparison(
 
 
 def _draw(lines: list[tuple[list, str, dict]], path: str | os.PathLike, title: str) -> None:
-    # Without pyplot: no global state, and no window system is looked for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+    picture = new_picture(9, 3.4)
+    loss, accuracy = picture.subplots(1, 2)
     losses = [value for line in lines for value in _plot(loss, *line, "loss", 1.0)]
     for line in lines:
         _plot(accuracy, *line, "accuracy", 100.0)
@@ -90,15 +83,11 @@ def _draw(lines: list[tuple[list, str, dict]], path: str | os.PathLike, title: s
     accuracy.set_ylim(0, 101)
     for axes in (loss, accuracy):
         axes.set_xlabel("training step")
-        axes.grid(True, which="major", linewidth=0.5, alpha=0.4)
-        axes.spines[["top", "right"]].set_visible(False)
+        clear_frame(axes)
         if axes.lines:
             axes.legend(frameon=False, loc="best")
-    figure.suptitle(title)
-    FigureCanvasAgg(figure)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_atomic(path, picture.getvalue())
+    picture.suptitle(title)
+    write_picture(picture, path)
 
 
 def _plot(

@@ -1,13 +1,12 @@
 """First-layer filters as images: Figure 6 of Xie et al. (2017)."""
 
-import io
 import math
 import os
 from collections.abc import Mapping
 
 import numpy as np
 
-from orthojax.storage import write_atomic
+from orthojax.analysis.picture import new_picture, write_picture
 
 
 def tile_filters(kernel: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -59,18 +58,12 @@ def draw_filters(kernels: Mapping[str, np.ndarray], path: str | os.PathLike) -> 
       >>> os.path.exists(path)
       True
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(kernels), 4.3), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.1)
-    panels = figure.subplots(1, len(kernels), squeeze=False)[0]
+    picture = new_picture(4 * len(kernels), 4.3)
+    picture.get_layout_engine().set(wspace=0.1)
+    panels = picture.subplots(1, len(kernels), squeeze=False)[0]
     for axes, (title, kernel) in zip(panels, kernels.items(), strict=True):
         grid = tile_filters(np.asarray(kernel))
         axes.imshow(grid if grid.shape[-1] == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=1)
         axes.set_title(title)
         axes.set_axis_off()
-    FigureCanvasAgg(figure)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=150)
-    write_atomic(path, picture.getvalue())
+    write_picture(picture, path)

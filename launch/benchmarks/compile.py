@@ -1,0 +1,57 @@
+"""Compiling, and starting: of deep nets against shallow ones, and for the second time."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+
+from benchmarks.programs import METHOD, experiment
+from orthojax.analysis.figures import figure
+from orthojax.analysis.timing import time_interleaved
+from orthojax.programs import lower_train_step
+
+TRAIN = str(pathlib.Path(__file__).resolve().parent.parent / "train.py")
+
+
+def measure(rounds: int, depth: int):
+    """Figures of compilation; each of the at most three rounds compiles everything anew."""
+    rounds = max(2, min(rounds, 3))
+    seconds = time_interleaved(
+        {depth: functools.partial(_compile, depth) for depth in (depth, 110)}, rounds
+    )
+    with tempfile.TemporaryDirectory() as place:
+        first, second = (_train(place, f"run_{index}") for index in (1, 2))
+    return [
+        figure(f"compiling the step of plain-{depth}", seconds[depth], unit="s"),
+        figure("compiling the step of plain-110", seconds[110], unit="s"),
+        figure(
+            f"compile time, plain-110 / plain-{depth}",
+            [deep / shallow for deep, shallow in zip(seconds[110], seconds[depth], strict=True)],
+            at_most=1.5,
+        ),
+        figure("one step on the digits, empty compilation cache", [first], unit="s"),
+        figure("the same for the second time", [second], unit="s", at_most=15),
+        figure("train.py --help", [_run("--help") for _ in range(rounds)], unit="s", at_most=2),
+    ]
+
+
+def _compile(depth):
+    jax.clear_caches()
+    lower_train_step(experiment(METHOD, depth)).compile()
+
+
+def _train(place, workdir):
+    options = ["--config.steps=1", f"--config.dataset.data_dir={place}/data"]
+    return _run(*options, f"--workdir={place}/{workdir}", JAX_COMPILATION_CACHE_DIR=f"{place}/xla")
+
+
+def _run(*arguments, **environment):
+    start = time.perf_counter()
+    command = [sys.executable, TRAIN, *arguments]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | environment)
+    return time.perf_counter() - start

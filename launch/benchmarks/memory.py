@@ -1,0 +1,29 @@
+"""Memory of the compiled training step, as XLA allocates it: nothing is run."""
+
+from benchmarks.programs import BASELINE, METHOD, peak_memory, programs
+from orthojax.analysis.figures import figure
+
+
+def measure(rounds: int, depth: int):
+    """Figures of memory; the number of rounds is of no concern to them."""
+    del rounds
+    held = {
+        BASELINE: peak_memory(programs(BASELINE, depth).train_step),
+        METHOD: peak_memory(programs(METHOD, depth).train_step),
+        "unrolled": peak_memory(programs(BASELINE, depth, scan=False).train_step),
+        "remat": peak_memory(programs(METHOD, depth, remat=True).train_step),
+        "110": peak_memory(programs(METHOD, 110).train_step),
+        "110, remat": peak_memory(programs(METHOD, 110, remat=True).train_step),
+    }
+
+    def ratio(name, above, below, **target):
+        return figure(name, [held[above] / held[below]], **target)
+
+    return [
+        figure(f"memory of plain-{depth}, {BASELINE}", [held[BASELINE] / 2**20], unit="MiB"),
+        ratio("memory, ortho + modulation / L2", METHOD, BASELINE, at_most=1.02),
+        ratio("memory, scanned / unrolled", BASELINE, "unrolled"),
+        ratio("memory, with remat / without", "remat", METHOD),
+        ratio(f"memory, plain-110 / plain-{depth}", "110", METHOD),
+        ratio(f"memory, plain-110 / plain-{depth}, both with remat", "110, remat", "remat"),
+    ]

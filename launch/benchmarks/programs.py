@@ -1,0 +1,75 @@
+"""The compiled nets that several parts of the benchmark measure."""
+
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+
+from configs.cifar10_plain import get_config
+from orthojax import data
+from orthojax.experiment import build
+from orthojax.programs import compile_programs
+
+BATCH = 128
+SIZE = 32
+
+BASELINE = "SGD + L2"
+METHOD = "SGD + ortho + modulation"
+VARIANTS = {  # name -> regularizer, modulation
+    BASELINE: ("l2", False),
+    "SGD + ortho": ("ortho", False),
+    "SGD + L2 + modulation": ("l2", True),
+    METHOD: ("ortho", True),
+}
+
+
+def experiment(variant, depth, **model):
+    """A plain net on CIFAR-10 without its images; `model` overrides keys of that section."""
+    regularizer, modulated = VARIANTS[variant]
+    config = get_config(f"depth={depth},method={'ortho' if modulated else 'l2'}")
+    config.regularizer = {"name": regularizer, "coefficient": 1e-4}
+    config.mesh.data = 1
+    config.model.update(model)
+    return build(config, load=data.stand_in)
+
+
+@functools.cache
+def programs(variant, depth, **model):
+    """The same, compiled."""
+    compiled = compile_programs(experiment(variant, depth, **model))
+    details = ", ".join(f"{key}={value}" for key, value in model.items())
+    print(
+        f"plain-{depth}, {variant}{details and ', ' + details}: "
+        f"compiled in {compiled.compile_seconds:.1f} s",
+        file=sys.stderr,
+    )
+    return compiled
+
+
+def constant_batch(compiled):
+    """A batch of random images on the device."""
+    image = jax.random.randint(jax.random.key(0), (BATCH, SIZE, SIZE, 3), 0, 256)
+    label = jnp.arange(BATCH, dtype=jnp.int32) % 10
+    return compiled.put({"image": image.astype(jnp.uint8), "label": label})
+
+
+def make_step(compiled, next_batch=None):
+    """A function that makes one training step and waits for it."""
+    state = [compiled.init()]
+    if next_batch is None:
+        batch = constant_batch(compiled)
+        next_batch = lambda: batch  # noqa: E731
+
+    def step():
+        state[0], metrics = compiled.train_step(state[0], next_batch())
+        jax.block_until_ready(metrics)
+
+    return step
+
+
+def peak_memory(compiled) -> int:
+    """Bytes of a compiled program's arguments, results and temporary buffers; aliases once."""
+    sizes = compiled.memory_analysis()
+    held = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return held + sizes.temp_size_in_bytes

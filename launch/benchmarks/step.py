@@ -1,0 +1,56 @@
+"""The training step of a plain net: what the method costs, scanning, and PyTorch for comparison."""
+
+import importlib.util
+import sys
+
+import jax
+import optax
+
+from benchmarks.programs import BASELINE, METHOD, VARIANTS, make_step, programs
+from orthojax import optax_ortho
+from orthojax.analysis.figures import figure
+from orthojax.analysis.timing import time_interleaved
+
+SCANNED, UNROLLED = "scanned", "unrolled"
+PYTORCH = "PyTorch, eager"
+
+
+def measure(rounds: int, depth: int):
+    """Figures of the training step."""
+    steps = {name: make_step(programs(name, depth)) for name in VARIANTS}
+    steps["regularizer"] = _regularizer(programs(BASELINE, depth))
+    steps[UNROLLED] = make_step(programs(BASELINE, depth, scan=False))
+    if importlib.util.find_spec("torch"):
+        from benchmarks import torch_plain
+
+        steps[PYTORCH] = torch_plain.make_step(depth)
+    else:
+        print("PyTorch is not installed, so it is not compared with", file=sys.stderr)
+    seconds = time_interleaved(steps, rounds)
+
+    def ratio(name, above, below, **target):
+        pairs = zip(seconds[above], seconds[below], strict=True)
+        return figure(name, [a / b for a, b in pairs], **target)
+
+    found = [
+        figure(f"step of plain-{depth}, {BASELINE}", seconds[BASELINE], unit="s"),
+        ratio("step time, ortho + modulation / L2", METHOD, BASELINE, at_most=1.05),
+        ratio("step time, ortho / L2", "SGD + ortho", BASELINE),
+        ratio("step time, L2 + modulation / L2", "SGD + L2 + modulation", BASELINE),
+        ratio("regularizer alone / step", "regularizer", BASELINE, at_most=0.01),
+        ratio("step time, scanned / unrolled", BASELINE, UNROLLED, at_most=1.15),
+    ]
+    if PYTORCH in seconds:
+        found.append(figure(f"step of plain-{depth}, {PYTORCH}", seconds[PYTORCH], unit="s"))
+        found.append(ratio("step time, scanned / PyTorch", BASELINE, PYTORCH, at_most=1.0))
+        found.append(ratio("step time, unrolled / PyTorch", UNROLLED, PYTORCH))
+    return found
+
+
+def _regularizer(compiled):
+    """Adds the penalty's gradient to the updates of all parameters, and nothing else."""
+    ortho = optax_ortho(1e-4)
+    params = compiled.init().params
+    update = jax.jit(lambda updates: ortho.update(updates, ortho.init(params), params)[0])
+    updates = optax.tree.zeros_like(params)
+    return lambda: jax.block_until_ready(update(updates))
