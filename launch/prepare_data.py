@@ -1,12 +1,16 @@
 """Prepares a TFDS data set for training: `python launch/prepare_data.py cifar10`.
 
 Every set but `digits` needs TensorFlow here, and only here: `pip install 'orthojax[prepare]'`.
+With `--resize=256` photographs are then written again as squares of 256 pixels, as a set of its
+own, `imagenet2012_256`, which needs `orthojax[imagenet]`.
 """
 
 import argparse
+import signal
 import sys
 
 from orthojax.data.prepare import prepare
+from orthojax.data.reencode import reencode
 from orthojax.errors import UserError
 
 
@@ -20,13 +24,27 @@ def main() -> int:
     parser.add_argument(
         "--manual_dir", help="where the archives are that TFDS cannot download, such as ImageNet's"
     )
+    parser.add_argument(
+        "--resize",
+        type=int,
+        metavar="SIZE",
+        help="write NAME_SIZE too: every photograph as a square of SIZE pixels",
+    )
+    parser.add_argument("--quality", type=int, default=95, help="of its JPEGs (default: 95)")
+    parser.add_argument("--workers", type=int, help="processes that write it (default: all cores)")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C
+    name, data_dir, manual_dir = arguments.name, arguments.data_dir, arguments.manual_dir
     try:
-        directory = prepare(arguments.name, arguments.data_dir, arguments.manual_dir)
+        if arguments.resize is None:
+            directory = prepare(name, data_dir, manual_dir)
+        else:
+            numbers = {"quality": arguments.quality, "workers": arguments.workers}
+            directory = reencode(name, arguments.resize, data_dir, manual_dir, **numbers)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{arguments.name} is prepared in {directory}")
+    print(f"{name} is prepared in {directory}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Training end to end: on a tiny net, in this process and in ones that are killed."""
 
 import json
+import logging.handlers
 import os
 import pathlib
 import re
@@ -47,7 +48,14 @@ def tiny_config(**changes) -> ConfigDict:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    summary = train_and_evaluate(tiny_config(), workdir)
+    logged = logging.handlers.BufferingHandler(10**6)
+    logging.getLogger("jax").addHandler(logged)
+    with jax.log_compiles():
+        summary = train_and_evaluate(tiny_config(), workdir)
+    logging.getLogger("jax").removeHandler(logged)
+    messages = [record.getMessage() for record in logged.buffer]
+    compiled = [line for line in messages if line.startswith("Finished XLA compilation")]
+    (workdir.parent / "compiled.json").write_text(json.dumps(compiled))
     return workdir, summary
 
 
@@ -86,6 +94,12 @@ def test_writes_what_it_promises(finished):
     assert [r["step"] for r in records if r["kind"] == "test"] == [6, 12, 18, 24, 30]
     steps = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
     assert steps == {24, 28, 30}
+
+
+def test_no_step_is_compiled_twice(finished):
+    compiled = json.loads((finished[0].parent / "compiled.json").read_text())
+    for step in ("train_step", "eval_step"):
+        assert sum(step in name for name in compiled) == 1, compiled
 
 
 def test_modulation_is_calibrated_before_the_first_update(finished):

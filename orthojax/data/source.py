@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import re
 import shlex
 import sys
 import time
@@ -18,6 +19,8 @@ from orthojax.errors import DatasetError
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
 _PROGRESS_SECONDS = 1.0
 _CLEAR_LINE = "\r\x1b[K"
+
+_REENCODED = re.compile(r"(?P<name>\w+)_(?P<size>[1-9]\d*)(?P<rest>[/:].*)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +56,12 @@ def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
     """Looks a data set up by its TFDS name; `digits` is prepared on the way if need be.
 
     Args:
-      name: as `tfds.builder` takes it: `cifar10`, `cifar10:3.0.2`, `cifar10_corrupted/fog_1`.
+      name: as `tfds.builder` takes it: `cifar10`, `cifar10:3.0.2`, `cifar10_corrupted/fog_1`; or
+        the name of what `orthojax.data.reencode` made of such a set, `imagenet2012_256`.
       data_dir: TFDS data directory; None is TFDS's default, `$TFDS_DATA_DIR` or
         `~/tensorflow_datasets`.
-      prepared: whether there must be records.
+      prepared: whether there must be records. Where there need not be, and are not, a re-encoded
+        set is found as its original, which has the same features.
 
     Raises:
       DatasetError: the name is unknown; the set is not prepared, or not as `array_record`; it is
@@ -64,7 +69,11 @@ def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
     """
     from orthojax.data import digits  # here, so that importing orthojax.data does not import TFDS
 
-    builder = named_builder(name, data_dir)
+    builder = _builder(name, data_dir)
+    if builder is None and not prepared:
+        builder = _original(name, data_dir)
+    if builder is None:
+        raise _unknown(name, data_dir)
     if prepared:
         if isinstance(builder, digits.Digits) and not is_prepared(builder):
             digits.prepare(builder)
@@ -79,6 +88,28 @@ def named_builder(name: str, data_dir: str | None) -> Any:
       name: see `find`.
       data_dir: see `find`.
     """
+    builder = _builder(name, data_dir)
+    if builder is None:
+        raise _unknown(name, data_dir)
+    return builder
+
+
+def reencoded_name(name: str, size: int) -> str:
+    """The name of a set of which `orthojax.data.reencode` made squares.
+
+    Args:
+      name: of the original, without config and version.
+      size: side of the squares in pixels.
+
+    Example:
+      >>> reencoded_name("imagenet2012", 256)
+      'imagenet2012_256'
+    """
+    return f"{name}_{size}"
+
+
+def _builder(name: str, data_dir: str | None) -> Any | None:
+    """The builder of a name; None if TFDS knows neither code nor files of it."""
     import tensorflow_datasets as tfds
 
     from orthojax.data import digits  # noqa: F401  (defining the class registers it with TFDS)
@@ -88,18 +119,47 @@ def named_builder(name: str, data_dir: str | None) -> Any:
         with quiet():
             return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
-        # Without the community sets, whose list TFDS reads through TensorFlow.
-        known = tfds.list_builders(with_community_datasets=False)
-        nearest = difflib.get_close_matches(name, known, n=3)
-        hint = (
-            f"did you mean {' or '.join(nearest)}?"
-            if nearest
-            else "choose digits, cifar10, cifar100, svhn_cropped, mnist, or another of TFDS's"
-        )
-        raise DatasetError(f"unknown data set {name!r}; {hint}") from None
+        return None
     # What TFDS raises for unknown versions, for unknown configs, and for other repositories' sets.
     except (AssertionError, ValueError, ImportError) as error:
         raise DatasetError(f"data set {name!r} cannot be used: {error}") from error
+
+
+def _original(name: str, data_dir: str | None) -> Any | None:
+    """The builder of what a set of this name is re-encoded from; None for any other name."""
+    parts = _REENCODED.fullmatch(name)
+    if parts is None:
+        return None
+    original = parts["name"] + (parts["rest"] or "")
+    try:
+        builder = _builder(original, data_dir)
+        if builder is not None and None in _checked_source(original, builder).image_shape:
+            return builder
+    except DatasetError:  # no such version, or another kind of set
+        pass
+    return None
+
+
+def _unknown(name: str, data_dir: str | None) -> DatasetError:
+    import tensorflow_datasets as tfds
+
+    original = _original(name, data_dir)
+    if original is not None:
+        parts = _REENCODED.fullmatch(name)
+        command = prepare_command(parts["name"] + (parts["rest"] or ""), original)
+        return DatasetError(
+            f"data set {name!r} is not prepared in {original.data_dir_root}; prepare it with\n"
+            f"    {command} --resize={parts['size']}"
+        )
+    # Without the community sets, whose list TFDS reads through TensorFlow.
+    known = tfds.list_builders(with_community_datasets=False)
+    nearest = difflib.get_close_matches(name, known, n=3)
+    hint = (
+        f"did you mean {' or '.join(nearest)}?"
+        if nearest
+        else "choose digits, cifar10, cifar100, svhn_cropped, mnist, or another of TFDS's"
+    )
+    return DatasetError(f"unknown data set {name!r}; {hint}")
 
 
 def is_prepared(builder: Any) -> bool:

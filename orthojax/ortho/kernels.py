@@ -143,7 +143,7 @@ def map_blocks(
     kernels: list[tuple[jax.Array, Kernel]],
     batched: bool = True,
 ) -> list[jax.Array]:
-    """`function(blocks, identity, layout)` of every kernel, called once for all of one layout.
+    """`function(blocks, identity, layout)` of every kernel, called once for small ones of a layout.
 
     Args:
       function: Maps blocks `(b, *inputs, n)`, targets `(b, n, n)` or `(1, n, n)`, and their layout
@@ -158,7 +158,9 @@ def map_blocks(
     """
     buckets = collections.defaultdict(list)
     for number, (array, kernel) in enumerate(kernels):
-        alone = number if not batched or array.size > LARGEST_BATCHED else None
+        # What is stacked already is a batch by itself: joined with another it would be copied.
+        whole = kernel.blocks > 1 or array.size > LARGEST_BATCHED
+        alone = number if whole or not batched else None
         sharding = _explicit_sharding(array)
         buckets[kernel.layout(array.dtype), sharding, alone].append(number)
     results = [None] * len(kernels)

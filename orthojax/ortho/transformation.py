@@ -65,8 +65,9 @@ def optax_ortho(
         modules whose name contains `scanned`, and no `bias`, `scale` or `embedding`.
       grouping: Column groups of kernels with `f_out > f_in`, see `matrices.group_sizes`.
       variant: A name of `orthojax.ortho.VARIANTS`, or an object like `orthojax.ortho.SRIP()`.
-      batched: Kernels of one shape and dtype are stacked into one product. `False` multiplies each
-        by itself: for meshes on which kernels of one shape are sharded along different axes.
+      batched: Small kernels of one shape and dtype are stacked into one product, unless they are
+        stacks already. `False` multiplies each by itself: for meshes on which kernels of one shape
+        are sharded along different axes.
 
     Returns:
       An `optax.GradientTransformation`. Its state is `OrthoState` if the coefficient is a schedule,
