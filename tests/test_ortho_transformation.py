@@ -73,7 +73,7 @@ def test_a_stack_is_its_layers_one_by_one():
         np.testing.assert_allclose(gradient.reshape(-1, 4), expected, atol=1e-6)
 
 
-def test_one_product_for_all_kernels_of_one_shape():
+def test_one_product_for_small_kernels_of_one_shape_and_one_for_a_stack():
     params = {
         f"layer{n}": {"kernel": jax.random.normal(jax.random.key(n), (3, 3, 4, 4)) / 6}
         for n in range(40)
@@ -86,7 +86,7 @@ def test_one_product_for_all_kernels_of_one_shape():
         text = str(jax.make_jaxpr(lambda p: ortho.update(p, ortho.init(p), p)[0])(params))
         return text.count("dot_general")
 
-    assert products(batched=True) == 4  # two shapes, WᵀW and W E
+    assert products(batched=True) == 6  # the layers, the stack, the head: WᵀW and W E of each
     assert products(batched=False) == 84
     together, apart = (
         apply(optax_ortho(batched=b), zeros(params), params)[0] for b in (True, False)

@@ -143,7 +143,7 @@ def map_blocks(
     kernels: list[tuple[jax.Array, Kernel]],
     batched: bool = True,
 ) -> list[jax.Array]:
-    """`function(blocks, identity, layout)` of every kernel, called once for small ones of a layout.
+    """`function(blocks, identity, layout)` of every kernel, called once for the small of a layout.
 
     Args:
       function: Maps blocks `(b, *inputs, n)`, targets `(b, n, n)` or `(1, n, n)`, and their layout
