@@ -84,8 +84,9 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     """Where each array of a train state lies.
 
     Kernels of at least `FSDP_MIN_SIZE` elements, and what an optimizer keeps of the same name and
-    shape, are split over `fsdp` along the larger of their last two axes (inputs and outputs) that
-    it divides. A leading axis of layers is never split: a scan takes one layer after the other.
+    shape, are split over `fsdp`: along the inputs, so that a Gram product of columns is a sum over
+    devices and no kernel has to be gathered for it; along the outputs where it does not divide
+    the inputs. A leading axis of layers is never split: a scan takes one layer after the other.
     Everything else is replicated.
 
     Args:
@@ -98,16 +99,16 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
     Example:
       >>> kernel = {"kernel": jax.ShapeDtypeStruct((3, 3, 16, 32), "float32")}
       >>> tuple(state_shardings(kernel, make_mesh(data=1, fsdp=2))["kernel"].spec)
-      (None, None, None, 'fsdp')
+      (None, None, 'fsdp', None)
     """
     fsdp = mesh.shape["fsdp"]
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path[-1:], simple=True)
         spec: list[str | None] = [None] * leaf.ndim
-        axes = [a for a in (-1, -2) if leaf.ndim >= 2 and leaf.shape[a] % fsdp == 0]
+        axes = [a for a in (-2, -1) if leaf.ndim >= 2 and leaf.shape[a] % fsdp == 0]
         if fsdp > 1 and name == "kernel" and leaf.size >= FSDP_MIN_SIZE and axes:
-            spec[max(axes, key=lambda axis: leaf.shape[axis])] = "fsdp"
+            spec[axes[0]] = "fsdp"
             return NamedSharding(mesh, PartitionSpec(*spec))
         return replicated(mesh)
 
