@@ -198,6 +198,34 @@ def _update(old, below, log_ratio, measured, rho, policy):
     return jnp.stack(new, axis=-1)
 
 
+def rescaling(
+    below: jax.Array, above: jax.Array, state: jax.Array, policy: Policy
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    r"""What a site does in a backward pass but for multiplying, for layers that do that themselves.
+
+    Args:
+      below: second moment of the cotangent that arrived, a float32 scalar.
+      above: the cotangent of the link: the second moment that the site above handed down.
+      state: of the site, float32 `(7,)`.
+      policy: see :class:`Policy`.
+
+    Returns:
+      :math:`\rho`, which the cotangent is to be multiplied with; what to return as the cotangent of
+      the link; the new state.
+
+    Example:
+      >>> rho, _, state = rescaling(jnp.float32(4), jnp.float32(1), init_state(), Policy())
+      >>> rho, _, _ = rescaling(jnp.float32(4), jnp.float32(1), state, Policy())
+      >>> float(rho)  # the root of 1 / 4
+      0.5
+    """
+    old, direct = read(state), policy.mode == "direct"
+    log_ratio, measured = _log_ratio(above, below if direct else old.second_moment)
+    rho = _scale(log_ratio, measured, old, policy)
+    handed_down = jnp.square(rho) * below if direct else old.handed_down
+    return rho, handed_down, _update(old, below, log_ratio, measured, rho, policy)
+
+
 def modulate(
     x: jax.Array, link: jax.Array, state: jax.Array, policy: Policy = Policy()
 ) -> tuple[jax.Array, jax.Array]:
@@ -267,13 +295,8 @@ def _site_forward(x, link, state, policy):
 def _site_backward(residuals, cotangents):
     state, policy = residuals
     cotangent, above = cotangents
-    old = read(state)
     below = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
-    direct = policy.mode == "direct"
-    log_ratio, measured = _log_ratio(above, below if direct else old.second_moment)
-    rho = _scale(log_ratio, measured, old, policy)
-    new_state = _update(old, below, log_ratio, measured, rho, policy)
-    handed_down = jnp.square(rho) * below if direct else old.handed_down
+    rho, handed_down, new_state = rescaling(below, above, state, policy)
     rescaled = (rho * cotangent).astype(cotangent.dtype)
     return rescaled, handed_down, new_state, jax.tree.map(jnp.zeros_like, policy)
 

@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from configs import digits_plain110
 from orthojax.errors import ConfigError
 from orthojax.experiment import build
-from orthojax.models.normalization import GroupedBatchNorm
 from orthojax.programs import abstract_state, compile_programs, lower_train_step
 from orthojax.sharding import (
     AXES,
@@ -143,41 +142,7 @@ def test_rows_reach_their_devices_in_whatever_order_these_lie(monkeypatch):
 # --- batch normalization in groups ---------------------------------------------------------------
 
 
-def test_grouped_batch_norm_is_flax_batch_norm_on_every_group():
-    x = jax.random.normal(jax.random.key(0), (12, 5, 5, 3)) * 3 + 1
-    arguments = {"momentum": 0.9, "epsilon": 1e-5}
-    ours = GroupedBatchNorm(groups=4, use_running_average=False, **arguments)
-    flax = nn.BatchNorm(use_running_average=False, **arguments)
-    variables = flax.init(jax.random.key(1), x)
-    jax.tree.map(np.testing.assert_array_equal, ours.init(jax.random.key(1), x), variables)
-    variables["params"] = {"scale": jnp.asarray([1.0, 2.0, 0.5]), "bias": jnp.arange(3.0)}
-
-    def with_gradient(norm, part, weight):
-        def loss(variables):
-            y, updated = norm.apply(variables, part, mutable=["batch_stats"])
-            return jnp.sum(weight * jnp.sin(y)), (y, updated["batch_stats"])
-
-        return jax.grad(loss, has_aux=True)(variables)
-
-    weight = jax.random.normal(jax.random.key(2), x.shape)
-    grads, (y, stats) = with_gradient(ours, x, weight)
-    pairs = zip(jnp.split(x, 4), jnp.split(weight, 4), strict=True)
-    parts = [with_gradient(flax, *pair) for pair in pairs]
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # noqa: E731
-    close(y, jnp.concatenate([part[1][0] for part in parts]))
-    jax.tree.map(close, stats, jax.tree.map(lambda *s: sum(s) / 4, *(p[1][1] for p in parts)))
-    jax.tree.map(
-        close, grads["params"], jax.tree.map(lambda *g: sum(g), *(p[0]["params"] for p in parts))
-    )
-    evaluated = GroupedBatchNorm(groups=4, use_running_average=True, **arguments)
-    expected = nn.BatchNorm(use_running_average=True, **arguments)
-    close(evaluated.apply(variables, x), expected.apply(variables, x))
-
-
-def test_grouped_batch_norm_refuses_a_batch_it_cannot_cut():
-    norm = GroupedBatchNorm(groups=4, use_running_average=False)
-    with pytest.raises(ValueError, match="4 groups do not divide a batch of 10"):
-        norm.init(jax.random.key(0), jnp.ones((10, 3)))
+def test_groups_have_to_divide_the_batch():
     with pytest.raises(ConfigError, match=r"model.bn_groups`=5 does not divide batch_size=32"):
         experiment({"data": 1, "fsdp": 1}, bn_groups=5)
 

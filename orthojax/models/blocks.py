@@ -1,16 +1,14 @@
 """The blocks of plain and residual nets, and the Conv-BN layers that they consist of."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.linen import Modulation
 from orthojax.models.convolution import conv_general_dilated
-from orthojax.models.normalization import GroupedBatchNorm
+from orthojax.models.normalization import BatchNorm
 from orthojax.modulation import Policy
 
 
@@ -36,7 +34,7 @@ class LayerSpec:
 
 
 class ConvBN(nn.Module):
-    """Convolution, modulation site, batch normalization: the unit that a layer is counted by.
+    """Convolution, modulation site, batch normalization, ReLU: the unit that a layer is counted by.
 
     Called as `(x, link), train`; x is (N, H, W, C) and comes back as
     (N, ceil(H / stride), ceil(W / stride), features).
@@ -46,6 +44,7 @@ class ConvBN(nn.Module):
     spec: LayerSpec
     stride: int = 1
     window: int = 3
+    relu: bool = True
 
     @nn.compact
     def __call__(self, carry, train: bool):
@@ -62,19 +61,17 @@ class ConvBN(nn.Module):
             conv_general_dilated=conv_general_dilated,
             name="conv",
         )(x)
-        if spec.policy is not None:
-            x, link = Modulation(spec.policy, name="modulation")(x, link)
-        grouped = spec.bn_groups > 1
-        norm = functools.partial(GroupedBatchNorm, spec.bn_groups) if grouped else nn.BatchNorm
-        x = norm(
+        return BatchNorm(
             use_running_average=not train,
+            relu=self.relu,
+            policy=spec.policy,
+            groups=spec.bn_groups,
             momentum=0.9,
             epsilon=1e-5,
             dtype=spec.dtype,
             bias_init=nn.initializers.constant(spec.bn_bias),
             name="bn",
-        )(x)
-        return x, link
+        )(x, link)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +109,15 @@ class _Block(nn.Module):
     stride: int = 1
     layout: BlockLayout = BASIC
 
-    def _layers(self) -> list[ConvBN]:
+    def _layers(self, relu_at_last: bool = True) -> list[ConvBN]:
+        last = len(self.layout.layers) - 1
         return [
             ConvBN(
                 self.features * expansion,
                 self.spec,
                 self.stride if index == 0 else 1,
                 window,
+                relu=index < last or relu_at_last,
                 name=f"layer_{index}",
             )
             for index, (window, expansion) in enumerate(self.layout.layers)
@@ -131,8 +130,7 @@ class PlainBlock(_Block):
     @nn.compact
     def __call__(self, carry, train: bool):
         for layer in self._layers():
-            x, link = layer(carry, train)
-            carry = jax.nn.relu(x), link
+            carry = layer(carry, train)
         return carry
 
 
@@ -147,12 +145,11 @@ class ResidualBlock(_Block):
     @nn.compact
     def __call__(self, carry, train: bool):
         x, link = carry
-        first, *others = self._layers()
-        y, _ = first(carry, train)
-        for layer in others:
-            y, _ = layer((jax.nn.relu(y), link), train)
+        for layer in self._layers(relu_at_last=False):
+            carry = layer(carry, train)
+        y, _ = carry
         if y.shape != x.shape:
             window, features = self.layout.shortcut, y.shape[-1]
-            shortcut = ConvBN(features, self.spec, self.stride, window, name="shortcut")
-            x, _ = shortcut(carry, train)
+            shortcut = ConvBN(features, self.spec, self.stride, window, relu=False, name="shortcut")
+            x, _ = shortcut((x, link), train)
         return jax.nn.relu(x + y), link

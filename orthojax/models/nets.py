@@ -69,7 +69,7 @@ class ConvNet(nn.Module):
         the ReLU unchanged, so that a deep plain net is closer to an isometry at initialisation.
       bn_groups: batch normalization takes its statistics from this many parts of a batch, each on
         its own; 1 is the whole batch, on however many devices it lies. The number of devices makes
-        it a matter of each device. See `orthojax.models.normalization.GroupedBatchNorm`.
+        it a matter of each device. See `orthojax.models.normalization.BatchNorm`.
       modulation: an `orthojax.Policy`, or None for no modulation; there is a site at the output of
         every convolution.
       dtype: compute dtype (parameters, statistics and moments are float32).
@@ -134,7 +134,6 @@ class ConvNet(nn.Module):
         plan, spec = self._architecture(), self._spec()
         stem = ConvBN(self.width, spec, plan.stem_stride, plan.stem_window, name="stem")
         x, link = stem((images.astype(self.dtype), first_link()), train)
-        x = jax.nn.relu(x)
         if plan.max_pool:
             x = MaxPool(name="pool")(x)
         carry = x, link
@@ -154,7 +153,6 @@ class ConvNet(nn.Module):
         x, link = carry
         if plan.last:
             x, link = ConvBN(self.width * plan.last, spec, name="last")(carry, train)
-            x = jax.nn.relu(x)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=spec.change_init, name="head")(x)
 

@@ -1,5 +1,22 @@
-"""Batch normalization over groups of the batch, as it is without communication between devices."""
+r"""Batch normalization, with ReLU and modulation, whose backward pass reads everything once.
 
+For the statistics :math:`\mu, \sigma^2` of m values, :math:`r = (\sigma^2 + \epsilon)^{-1/2}`,
+:math:`\hat x = r (x - \mu)` and :math:`y = \gamma \hat x + \beta`, the error at the input is
+
+.. math:: \delta = \gamma r \, (g - a - b \hat x), \qquad a = E[g], \quad b = E[g \hat x],
+
+where g is the error at y. Its second moment needs no pass of its own, since :math:`E[\hat x] = 0`
+and :math:`E[\hat x^2] = \sigma^2 r^2`:
+
+.. math:: E[\delta^2] = (\gamma r)^2 \, (E[g^2] - a^2 - (2 - \sigma^2 r^2) b^2).
+
+So a modulation site in front of batch normalization costs one more sum beside the two that are
+needed anyway, and its :math:`\rho` is one factor more of :math:`\gamma r`. Of the activations the
+backward pass keeps x alone; autodiff would keep what lies between as well.
+"""
+
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,71 +24,138 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthojax.linen import MOMENTS
+from orthojax.modulation import Policy, init_state, rescaling
 
-class GroupedBatchNorm(nn.Module):
-    """`flax.linen.BatchNorm` whose statistics are those of a group of examples, not of the batch.
 
-    The batch is cut into `groups` consecutive groups of equal size, and each is normalized by its
-    own mean and variance ("ghost" batch normalization; Hoffer et al. 2017, arXiv:1705.08741). With
-    as many groups as devices no statistic crosses devices, which is what `jax.pmap` programs do;
-    and since the number belongs to the model, the result does not depend on the devices there are.
-    The running statistics are averages over the groups. Parameters and statistics have the names,
-    shapes and dtypes of `flax.linen.BatchNorm`, so that a net may change from one to the other.
+class BatchNorm(nn.Module):
+    """Modulation site, batch normalization and ReLU in one; the first and the last at choice.
+
+    The same function, and the same gradient, as `orthojax.linen.Modulation`,
+    `flax.linen.BatchNorm` and `jax.nn.relu` one after the other, in less time and memory.
+    Parameters and statistics have the names, shapes and dtypes of `flax.linen.BatchNorm`; a site's
+    state is the variable `moments`, as in `orthojax.linen.Modulation`.
+
+    With `groups` the batch is cut into so many consecutive groups of equal size, and each is
+    normalized by its own mean and variance ("ghost" batch normalization; Hoffer et al. 2017,
+    arXiv:1705.08741). With as many groups as devices no statistic crosses devices, which is what
+    `jax.pmap` programs do; and since the number belongs to the model, the result does not depend on
+    the devices there are. The running statistics are averages over the groups.
 
     Attributes:
-      groups: number of groups; it must divide the batch.
       use_running_average: normalize by the running statistics.
+      relu: whether `max(y, 0)` follows.
+      policy: of the modulation site; None for none.
+      groups: number of groups; it must divide the batch.
       momentum: of the running statistics.
       epsilon: added to the variance.
       dtype: of the result; statistics are computed in float32.
       bias_init: initializer of the bias.
 
-    Called with x, float (N, ..., C); returns the same shape.
+    Called with x, float (N, ..., C), and a link (see `orthojax.modulate`); returns both, in the
+    same shapes.
 
     Raises:
       ValueError: `groups` does not divide N.
 
     Example:
-      >>> norm = GroupedBatchNorm(groups=2, use_running_average=False)
+      >>> from orthojax import first_link
+      >>> norm = BatchNorm(use_running_average=False, groups=2)
       >>> x = jnp.asarray([1.0, 3.0, 10.0, 30.0])[:, None]
-      >>> y, _ = norm.init_with_output(jax.random.key(0), x)
+      >>> (y, _), _ = norm.init_with_output(jax.random.key(0), x, first_link())
       >>> y[:, 0].round(2)
       Array([-1.,  1., -1.,  1.], dtype=float32)
     """
 
-    groups: int
     use_running_average: bool
+    relu: bool = False
+    policy: Policy | None = None
+    groups: int = 1
     momentum: float = 0.99
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        features = x.shape[-1]
-        running = {
-            "mean": self.variable("batch_stats", "mean", jnp.zeros, (features,), jnp.float32),
-            "var": self.variable("batch_stats", "var", jnp.ones, (features,), jnp.float32),
-        }
-        scale = self.param("scale", nn.initializers.ones_init(), (features,), jnp.float32)
-        bias = self.param("bias", self.bias_init, (features,), jnp.float32)
+    def __call__(self, x: jax.Array, link: jax.Array) -> tuple[jax.Array, jax.Array]:
+        features = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
+        var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
+        affine = (
+            self.param("scale", nn.initializers.ones_init(), features, jnp.float32),
+            self.param("bias", self.bias_init, features, jnp.float32),
+        )
+        state = None
+        if self.policy is not None:
+            state = self.variable(MOMENTS, "moments", init_state).value
+        form = _Form(self.epsilon, self.relu, jnp.dtype(self.dtype))
         if self.use_running_average:
-            return self._normalize(x, running["mean"].value, running["var"].value, scale, bias)
+            return _apply(form, x, mean.value, var.value, *affine), link
         if x.shape[0] % self.groups:
             raise ValueError(f"{self.groups} groups do not divide a batch of {x.shape[0]}")
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
-        axes = tuple(range(1, grouped.ndim - 1))
-        wide = grouped.astype(jnp.float32)
-        mean = jnp.mean(wide, axes, keepdims=True)
-        # flax.linen.BatchNorm's formula, which needs one pass.
-        var = jnp.maximum(0.0, jnp.mean(jnp.square(wide), axes, keepdims=True) - mean**2)
+        y, *statistics, link = _normalize(form, grouped, *affine, link, state, self.policy)
         if not self.is_initializing():
-            for name, value in (("mean", mean), ("var", var)):
-                average = jnp.mean(value.reshape(self.groups, features), axis=0)
-                variable = running[name]
-                variable.value = self.momentum * variable.value + (1 - self.momentum) * average
-        return self._normalize(grouped, mean, var, scale, bias).reshape(x.shape)
+            for running, found in zip((mean, var), statistics, strict=True):
+                average = jnp.mean(found.reshape(self.groups, -1), axis=0)
+                running.value = self.momentum * running.value + (1 - self.momentum) * average
+        return y.reshape(x.shape), link
 
-    def _normalize(self, x, mean, var, scale, bias):
-        y = (x - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
-        return y.astype(self.dtype)
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What of a `BatchNorm` is static."""
+
+    epsilon: float
+    relu: bool
+    dtype: Any
+
+
+def _axes(x):
+    return tuple(range(1, x.ndim - 1))  # of (groups, N / groups, ..., C)
+
+
+def _apply(form, x, mean, var, scale, bias):
+    y = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + form.epsilon) * scale) + bias
+    return (jnp.maximum(y, 0) if form.relu else y).astype(form.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _normalize(form, x, scale, bias, link, state, policy):
+    """(groups, N / groups, ..., C) to the same, and mean, variance (groups, 1, ..., C) and link."""
+    del state, policy
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, _axes(x), keepdims=True)
+    # flax.linen.BatchNorm's formula, which needs one pass.
+    var = jnp.maximum(0.0, jnp.mean(jnp.square(wide), _axes(x), keepdims=True) - jnp.square(mean))
+    return _apply(form, x, mean, var, scale, bias), mean, var, link
+
+
+def _forward(form, x, scale, bias, link, state, policy):
+    y, mean, var, link = _normalize(form, x, scale, bias, link, state, policy)
+    return (y, mean, var, link), (x, mean, var, scale, bias, state, policy)
+
+
+def _backward(form, residuals, cotangents):
+    x, mean, var, scale, bias, state, policy = residuals
+    error, _, _, above = cotangents  # nothing is differentiated through the running statistics
+    error = error.astype(jnp.float32)
+    root = jax.lax.rsqrt(var + form.epsilon)
+    normalized = (x.astype(jnp.float32) - mean) * root
+    if form.relu:
+        error = jnp.where(normalized * scale + bias > 0, error, 0)
+    average = functools.partial(jnp.mean, axis=_axes(x), keepdims=True)
+    a, b = average(error), average(error * normalized)
+    factor, new_state = scale * root, None
+    if policy is not None:
+        power = average(jnp.square(error)) - a**2 - (2 - var * root**2) * b**2
+        below = jnp.mean(jnp.square(factor) * jnp.maximum(power, 0))
+        rho, above, new_state = rescaling(below, above, state, policy)
+        factor = rho * factor
+    delta = (factor * (error - a - b * normalized)).astype(x.dtype)
+    count = x.size // (x.shape[0] * x.shape[-1])
+    gradients = (count * jnp.sum(s.reshape(-1, x.shape[-1]), axis=0) for s in (b, a))
+    return delta, *gradients, above, new_state, jax.tree.map(jnp.zeros_like, policy)
+
+
+_normalize.defvjp(_forward, _backward)
