@@ -1,7 +1,9 @@
 """Photographs read while a net trains: on records made here, in one process and in workers."""
 
+import dataclasses
 import io
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -137,6 +139,20 @@ def test_goes_on_where_it_stopped_with_other_workers_and_another_batch_size(reco
     assert_same(take(other, 2 * (13 - stop)), halves)
 
 
+def test_closing_does_not_wait_for_what_the_workers_have_sent(records):
+    """Of crops so large that a pipe holds less than a chunk of them."""
+    large = dataclasses.replace(dataset(records, workers=2), resize=256, crop=224)
+    seconds = []
+    for _ in range(3):
+        batches = large.train_batches(6, seed=0)
+        next(batches)
+        time.sleep(0.5)  # until the workers wait for room in their pipes
+        start = time.monotonic()
+        batches.close()
+        seconds.append(time.monotonic() - start)
+    assert max(seconds) < 5, seconds
+
+
 @pytest.mark.parametrize("batch_size", [4, 23, 50])
 def test_evaluation_sees_every_image_exactly_once(records, batch_size):
     for rows in (None, np.arange(1, batch_size, 2)):
@@ -156,6 +172,7 @@ def test_evaluation_sees_every_image_exactly_once(records, batch_size):
         assert np.corrcoef(images[index].ravel(), expected.ravel())[0, 1] > 0.99
 
 
+@pytest.mark.filterwarnings("ignore:in (epoch|this pass):UserWarning")
 def test_odd_images_are_read_and_broken_ones_replaced_and_counted(tmp_path):
     good = encode(photograph(3))
     odd = [
