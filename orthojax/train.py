@@ -28,6 +28,8 @@ from orthojax.state import TrainState
 from orthojax.storage import to_path
 from orthojax.workdir import claim, write_json_atomic
 
+STEPS_AHEAD = 2  # that the host may have begun and the devices not finished
+
 
 def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Trains what `config` describes in `workdir`, or goes on where a run there stopped.
@@ -114,7 +116,7 @@ def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> d
     totals = {"loss": 0.0, "correct": 0.0, "correct_top5": 0.0, "count": 0.0}
     batches = experiment.dataset.test_batches(experiment.settings.batch_size, programs.rows)
     computed = (programs.eval_step(state, programs.put(batch)) for batch in batches)
-    for sums in _late(computed, 2):
+    for sums in _late(computed, STEPS_AHEAD):
         for name, value in jax.device_get(sums).items():
             totals[name] += float(value)
     return {
@@ -198,6 +200,8 @@ class _Trainer:
         for step in range(first_step + 1, settings.steps + 1):
             state, metrics = self._programs.train_step(state, self._programs.put(next(batches)))
             self._pending.append(metrics)
+            # Not further ahead of the devices, which would hold all the batches between.
+            jax.block_until_ready(self._pending[-STEPS_AHEAD - 1 : -STEPS_AHEAD])
             last = step == settings.steps
             stopping = self._request.reached(step)
             evaluating = step % settings.eval_every == 0 or last
