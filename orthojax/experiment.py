@@ -123,6 +123,7 @@ def build(
         schedule=settings.schedule,
         regularizer=settings.regularizer,
         steps=settings.steps,
+        mesh=mesh,
     )
     # Before the data: a bad depth should not wait for a data set to be decoded.
     net = _make_net(settings)

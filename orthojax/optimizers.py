@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from orthojax.config import bind
 from orthojax.errors import ConfigError
 from orthojax.ortho import optax_ortho
+from orthojax.shared_work import share_work
 
 # Optax's own functions: every argument they have is a key that the config may set.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -84,7 +86,12 @@ REGULARIZERS = {"ortho": optax_ortho, "l2": l2, "none": optax.identity}
 
 
 def make_optimizer(
-    *, optimizer: Mapping, schedule: Mapping, regularizer: Mapping, steps: int
+    *,
+    optimizer: Mapping,
+    schedule: Mapping,
+    regularizer: Mapping,
+    steps: int,
+    mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The regularizer's gradient, then the optimizer, with the schedule as its learning rate.
 
@@ -93,6 +100,7 @@ def make_optimizer(
       schedule: `name` and arguments of the function of that name in this file.
       regularizer: `name` and arguments: `ortho` (`orthojax.optax_ortho`), `l2` or `none`.
       steps: length of the run.
+      mesh: devices that share the work of `ortho`, see `orthojax.shared_work`.
 
     Returns:
       The gradient transformation and the schedule it uses.
@@ -116,10 +124,10 @@ def make_optimizer(
     base = arguments["learning_rate"]
     rates = bind_named(SCHEDULES, schedule, "schedule", base=base, steps=steps)
     arguments["learning_rate"] = rates
-    transformation = optax.chain(
-        bind_named(REGULARIZERS, regularizer, "regularizer"),
-        bind_named(OPTIMIZERS, arguments, "optimizer"),
-    )
+    regularize = bind_named(REGULARIZERS, regularizer, "regularizer")
+    if mesh is not None and regularizer["name"] == "ortho":
+        regularize = share_work(regularize, mesh)
+    transformation = optax.chain(regularize, bind_named(OPTIMIZERS, arguments, "optimizer"))
     return transformation, rates
 
 

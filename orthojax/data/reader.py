@@ -218,7 +218,7 @@ def _allow_unparsed_flags() -> None:
 
 
 def _end_workers_soon() -> None:
-    """Grain 0.2.18 waits 25 s before it kills a worker that waits for its last chunks to be read."""
+    """Grain 0.2.18 gives a worker 25 s to get rid of its last chunks, which nobody reads."""
     found = sys.modules.get("grain._src.python.dataset.transformations.process_prefetch")
     if hasattr(found, "_PROCESS_KILL_TIMEOUT_S"):  # else closing takes longer, and that is all
         found._PROCESS_KILL_TIMEOUT_S = 0.5
