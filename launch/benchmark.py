@@ -34,7 +34,7 @@ def main() -> int:
     parser.add_argument("--data_dir", help="of the prepared imagenet2012")
     parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "benchmark")
     parser.add_argument(
-        "--baseline", type=pathlib.Path, default=ROOT / "docs" / "runs" / "benchmark" / "1.json"
+        "--baseline", type=pathlib.Path, default=ROOT / "docs" / "runs" / "benchmark" / "2.json"
     )
     arguments = parser.parse_args()
     if arguments.rounds < 2:

@@ -149,9 +149,13 @@ def _main_memory(sizes: Any) -> int:
 
 def _collectives(module: Module) -> dict[str, Collective]:
     found: dict[str, Collective] = {}
+    channels = set()
     for instruction, times in module.walk():
         kind = instruction.opcode.removesuffix("-start")
-        if kind in COLLECTIVES:
+        # For TPUs a collective may be spread over several fusions; it keeps its channel.
+        channel = re.search(r"\bchannel_id=(\d+)", instruction.attributes)
+        if kind in COLLECTIVES and (channel is None or channel[1] not in channels):
+            channels.update(channel.groups() if channel else ())
             payload = module.payload(instruction)
             sent = _sent_in_ring(kind, payload, module.group_size(instruction))
             old = found.get(kind, Collective(0, 0, 0, 0.0))

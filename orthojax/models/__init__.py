@@ -2,10 +2,12 @@
 
 from orthojax.models.imagenet import ImageNetPlainNet, ImageNetResNet
 from orthojax.models.nets import ConvNet, PlainNet, ResNet
+from orthojax.models.normalization import BatchNorm
 from orthojax.models.stacking import stack_blocks, unstack_blocks
 from orthojax.models.summary import describe_net
 
 __all__ = [
+    "BatchNorm",
     "ConvNet",
     "ImageNetPlainNet",
     "ImageNetResNet",

@@ -1,0 +1,80 @@
+r"""Near-isometric initialisation: how fast the error of a plain net grows, and how to tame it.
+
+At initialisation, with kernels that are isometries (`orthojax.delta_orthonormal`), the squared error
+of a Conv-BN-ReLU net grows on its way down by
+
+.. math:: g(\beta) = \frac{\Phi(\beta)}{\mathrm{Var}[\mathrm{ReLU}(N(\beta, 1))]}
+
+per layer, as the width and the batch grow, where :math:`\beta` is the bias of batch normalization
+and :math:`\Phi` the normal distribution function: the ReLU lets a share :math:`\Phi(\beta)` of the
+error pass, and the batch normalization above it divides by the standard deviation of what the ReLU
+lets through of :math:`N(\beta, 1)`. Without a bias that is :math:`\pi / (\pi - 1) = 1.467` (Yang et
+al. 2019, arXiv:1902.08129); it falls to 1 as the bias grows and the ReLU becomes linear. The bias is
+not in Xie et al. (2017), whose nets start at zero.
+"""
+
+import math
+
+from orthojax.errors import ConfigError
+
+_LARGEST_BIAS = 8.0  # where the growth per layer is 1 to within a double's precision
+
+
+def error_growth(bias: float) -> float:
+    r"""Growth :math:`g(\beta)` of the squared error per Conv-BN-ReLU layer at initialisation.
+
+    Args:
+      bias: :math:`\beta`, of batch normalization.
+
+    Example:
+      >>> [round(error_growth(bias), 3) for bias in (0.0, 1.0, 2.0)]
+      [1.467, 1.12, 1.018]
+    """
+    passed = math.erfc(-bias / math.sqrt(2)) / 2
+    density = math.exp(-(bias**2) / 2) / math.sqrt(2 * math.pi)
+    # With the complement of ReLU, max(-z, 0), whose moments vanish as the bias grows: so there is
+    # no difference of large numbers. ReLU(z) = z + c, Var = 1 + Var[c] + 2 Cov[z, c].
+    blocked = math.erfc(bias / math.sqrt(2)) / 2
+    mean = density - bias * blocked
+    square = (bias**2 + 1) * blocked - bias * density
+    return passed / (1 + (square - mean**2) - 2 * blocked)
+
+
+def isometric_bias(layers: int, growth: float = 10.0) -> float:
+    r"""The BN bias at which the squared error grows by `growth` over so many layers.
+
+    The solution of :math:`g(\beta)^{layers} = growth`. A larger bias would make the net more linear
+    than it needs to be.
+
+    Args:
+      layers: Conv-BN-ReLU layers on the way, at least 1.
+      growth: of the squared error from the top to the bottom, more than 1.
+
+    Returns:
+      :math:`\beta`, at least 0, which is enough where the error grows by less anyway.
+
+    Raises:
+      ConfigError: an argument is out of its range.
+
+    Example:
+      >>> bias = isometric_bias(110)
+      >>> round(bias, 2), round(error_growth(bias) ** 110, 6)
+      (1.94, 10.0)
+      >>> isometric_bias(5)
+      0.0
+    """
+    if layers < 1 or not growth > 1:
+        raise ConfigError(
+            f"layers={layers} and growth={growth}: there must be a layer, and more than 1 to grow by"
+        )
+    wanted = math.log(growth) / layers
+    low, high = 0.0, _LARGEST_BIAS
+    if math.log(error_growth(low)) <= wanted:
+        return low
+    while high - low > 1e-12:  # the growth falls with the bias
+        middle = (low + high) / 2
+        if math.log(error_growth(middle)) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high
