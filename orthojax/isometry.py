@@ -59,7 +59,7 @@ def isometric_bias(layers: int, growth: float = 10.0) -> float:
     Example:
       >>> bias = isometric_bias(110)
       >>> round(bias, 2), round(error_growth(bias) ** 110, 6)
-      (1.94, 10.0)
+      (1.92, 10.0)
       >>> isometric_bias(5)
       0.0
     """

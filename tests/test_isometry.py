@@ -1,0 +1,80 @@
+"""The theory of near-isometric initialisation, against quadrature and against a net."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthojax import Policy, read
+from orthojax.errors import ConfigError
+from orthojax.isometry import error_growth, isometric_bias
+from orthojax.linen import MOMENTS
+from orthojax.models import PlainNet
+
+
+@pytest.mark.parametrize("bias", [-0.5, 0.0, 0.3, 1.0, 2.0, 3.5])
+def test_growth_is_what_quadrature_gives(bias):
+    z = np.linspace(-12, 12, 2_400_001)
+    weight = np.exp(-(z**2) / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
+    passed = np.maximum(z + bias, 0)
+    variance = np.sum(weight * passed**2) - np.sum(weight * passed) ** 2
+    expected = np.sum(weight * (z + bias > 0)) / variance
+    assert error_growth(bias) == pytest.approx(expected, rel=1e-5)
+
+
+def test_growth_without_a_bias_is_that_of_yang_et_al():
+    assert error_growth(0.0) == pytest.approx(math.pi / (math.pi - 1), rel=1e-14)
+
+
+@pytest.mark.parametrize("layers", [20, 43, 109, 1003])
+@pytest.mark.parametrize("growth", [1.5, 10.0, 1e4])
+def test_the_bias_solves_its_equation(layers, growth):
+    bias = isometric_bias(layers, growth)
+    if bias == 0:
+        assert error_growth(0) ** layers <= growth
+    else:
+        assert error_growth(bias) ** layers == pytest.approx(growth, rel=1e-6)
+
+
+def test_impossible_arguments_are_refused():
+    for arguments in ((0, 10.0), (10, 1.0), (10, float("nan"))):
+        with pytest.raises(ConfigError, match="growth="):
+            isometric_bias(*arguments)
+
+
+def test_a_net_at_initialisation_grows_as_the_theory_says():
+    """The first stage of a wide net, whose layers are alike, between its sites."""
+    images = jax.random.normal(jax.random.key(0), (32, 8, 8, 32))
+
+    @jax.jit
+    def growth(bias):
+        net = PlainNet(
+            depth=26,
+            width=32,
+            kernel_init="delta_orthonormal",
+            modulation=Policy(mode="observe"),
+        )
+        variables = dict(net.init(jax.random.key(1), images, train=False))
+        variables["params"] = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                jnp.full_like(leaf, bias)
+                if jax.tree_util.keystr(path[-2:], simple=True, separator="/") == "bn/bias"
+                else leaf
+            ),
+            variables["params"],
+        )
+
+        def loss(moments):
+            logits, _ = net.apply(
+                {**variables, MOMENTS: moments}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(logits * jax.random.normal(jax.random.key(2), logits.shape))
+
+        moments = jax.grad(loss)(variables[MOMENTS])["stage_1"]["scanned"]
+        profile = read(moments["layer_0"]["bn"]["moments"]).second_moment
+        return (profile[0] / profile[-1]) ** (1 / (2 * (len(profile) - 1)))
+
+    for bias in (0.0, 0.5, 1.0, 2.0):
+        assert float(growth(bias)) == pytest.approx(error_growth(bias), rel=0.03)
