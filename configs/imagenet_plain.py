@@ -9,8 +9,9 @@ quarters of the run, coefficient 1e-4. It does not say how long a run is; `epoch
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.cifar10_plain import MODULATED_FRACTION
+from configs.cifar10_plain import ERROR_GROWTH, MODULATED_FRACTION
 from orthojax.config import parse_arguments
+from orthojax.isometry import isometric_bias
 
 TRAINING_IMAGES = 1_281_167
 BATCH_SIZE = 256
@@ -21,8 +22,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
 
     depth (34): 34 or 101.
     method: `ortho`, the paper's (orthonormal initialisation and regularizer, modulation for the
-      first n steps); `isometric`, this project's (delta-orthonormal kernels and a BN bias of 1,
-      modulation throughout); `l2`, the baseline (He initialisation, L2, no modulation).
+      first n steps); `isometric`, this project's (delta-orthonormal kernels and a BN bias
+      solved from the depth, modulation throughout); `l2`, the baseline (He initialisation, L2, no
+      modulation).
     epochs (120): of the whole data set.
     preset: `full`; or `mini`, width 8, 64×64 crops, batches of 20 and 75 steps, float32: five
       epochs of a set of 300 images.
@@ -87,7 +89,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     )
     if args.method == "isometric":
         config.model.kernel_init = "delta_orthonormal"
-        config.model.bn_bias = 1.0
+        config.model.bn_bias = round(isometric_bias(args.depth - 1, ERROR_GROWTH), 2)
         with config.ignore_type():
             config.modulation.steps = None
         if not mini:

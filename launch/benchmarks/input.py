@@ -92,7 +92,9 @@ def _decoding(photographs, cores, rounds):
         figure(f"photographs through the pipeline, {on}", rates["pipeline"], unit="images/s"),
         figure(f"pipeline / decoding alone, {on}", shares, at_least=0.7),
         figure(f"pipeline's memory, {on}", memory, unit="MiB"),
-        figure(f"pipeline's memory, last round / first, {on}", [memory[-1] / memory[0]], at_most=1.1),
+        figure(
+            f"pipeline's memory, last round / first, {on}", [memory[-1] / memory[0]], at_most=1.1
+        ),
     ]
 
 
