@@ -1,7 +1,7 @@
 r"""Near-isometric initialisation: how fast the error of a plain net grows, and how to tame it.
 
-At initialisation, with kernels that are isometries (`orthojax.delta_orthonormal`), the squared error
-of a Conv-BN-ReLU net grows on its way down by
+At initialisation, with kernels that are isometries (`orthojax.delta_orthonormal`), the squared
+error of a Conv-BN-ReLU net grows on its way down by
 
 .. math:: g(\beta) = \frac{\Phi(\beta)}{\mathrm{Var}[\mathrm{ReLU}(N(\beta, 1))]}
 
@@ -9,8 +9,8 @@ per layer, as the width and the batch grow, where :math:`\beta` is the bias of b
 and :math:`\Phi` the normal distribution function: the ReLU lets a share :math:`\Phi(\beta)` of the
 error pass, and the batch normalization above it divides by the standard deviation of what the ReLU
 lets through of :math:`N(\beta, 1)`. Without a bias that is :math:`\pi / (\pi - 1) = 1.467` (Yang et
-al. 2019, arXiv:1902.08129); it falls to 1 as the bias grows and the ReLU becomes linear. The bias is
-not in Xie et al. (2017), whose nets start at zero.
+al. 2019, arXiv:1902.08129); it falls to 1 as the bias grows and the ReLU becomes linear. The bias
+is not in Xie et al. (2017), whose nets start at zero.
 """
 
 import math
@@ -65,7 +65,7 @@ def isometric_bias(layers: int, growth: float = 10.0) -> float:
     """
     if layers < 1 or not growth > 1:
         raise ConfigError(
-            f"layers={layers} and growth={growth}: there must be a layer, and more than 1 to grow by"
+            f"layers={layers}, growth={growth}: there must be a layer, and more than 1 to grow by"
         )
     wanted = math.log(growth) / layers
     low, high = 0.0, _LARGEST_BIAS
