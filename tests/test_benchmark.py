@@ -79,3 +79,14 @@ def test_everything_on_a_small_net(tmp_path):
     names = " ".join(read(tmp_path / "figures.json"))
     for part in ("step time, scanned", "compile time", "memory, ortho", "CIFAR-10 batches"):
         assert part in names
+
+
+@pytest.mark.slow
+def test_profiling_names_the_instructions_of_a_step():
+    script, config = ROOT / "launch/profile_step.py", ROOT / "configs/digits_plain110.py:depth=8"
+    command = [sys.executable, str(script), f"--config={config}", "--top=5"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["ms/step", "times", "instruction,", "result,", "origin"]
+    times = [float(line.split()[0]) for line in lines]
+    assert len(times) == 5 and times == sorted(times, reverse=True) and times[0] > 0

@@ -1,0 +1,52 @@
+"""Prints which instructions of a config's training step take how long, on this machine.
+
+python launch/profile_step.py --config=configs/cifar10_plain.py:depth=44 --top=30
+
+The images are noise, so no data set is needed.
+"""
+
+import sys
+
+from absl import flags
+
+from command_line import define_config, run
+
+
+def define_flags():
+    define_config()
+    flags.DEFINE_integer("top", 30, "How many instructions to print.", lower_bound=1)
+
+
+def main():
+    import jax
+    import numpy as np
+
+    from orthojax.analysis.profile import profile
+    from orthojax.data import stand_in
+    from orthojax.experiment import build
+    from orthojax.programs import compile_programs
+
+    experiment = build(flags.FLAGS.config, load=stand_in)
+    print("compiling...", file=sys.stderr)
+    programs = compile_programs(experiment)
+    draw, rows = np.random.default_rng(0), len(programs.rows)
+    images = draw.integers(0, 256, (rows, *experiment.dataset.image_shape), np.uint8)
+    labels = draw.integers(0, experiment.dataset.num_classes, rows, np.int32)
+    batch = programs.put({"image": images, "label": labels})
+    state = [programs.init()]
+
+    def step():
+        state[0], metrics = programs.train_step(state[0], batch)
+        jax.block_until_ready(metrics)
+
+    shares = profile(step, programs.train_step.as_text())
+    print(f"{'ms/step':>9} {'times':>6}  instruction, result, origin")
+    for share in shares[: flags.FLAGS.top]:
+        print(
+            f"{share.milliseconds:9.1f} {share.count:6.0f}  {share.name}  {share.shape}  "
+            f"{share.origin}"
+        )
+
+
+if __name__ == "__main__":
+    run(define_flags, main)
