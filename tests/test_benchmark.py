@@ -81,7 +81,6 @@ def test_everything_on_a_small_net(tmp_path):
         assert part in names
 
 
-@pytest.mark.slow
 def test_profiling_names_the_instructions_of_a_step():
     script, config = ROOT / "launch/profile_step.py", ROOT / "configs/digits_plain110.py:depth=8"
     command = [sys.executable, str(script), f"--config={config}", "--top=5"]

@@ -39,12 +39,7 @@ def profile(
       calls: how many are averaged; one more, untimed, comes before.
       origin_length: how much of an origin is kept, in characters.
 
-    Example:
-      >>> compiled = jax.jit(lambda x: x @ x).lower(jax.numpy.ones((64, 64))).compile()
-      >>> x = jax.numpy.ones((64, 64))
-      >>> found = profile(lambda: compiled(x).block_until_ready(), compiled.as_text())
-      >>> found[0].milliseconds > 0
-      True
+    Example: `launch/profile_step.py`.
     """
     origins = {}
     for line in text.splitlines():
