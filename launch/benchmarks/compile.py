@@ -11,7 +11,7 @@ import time
 import jax
 
 from benchmarks.programs import METHOD, experiment
-from orthojax.analysis.figures import figure
+from orthojax.analysis.figures import figure, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.programs import lower_train_step
 
@@ -29,10 +29,8 @@ def measure(rounds: int, depth: int):
     return [
         figure(f"compiling the step of plain-{depth}", seconds[depth], unit="s"),
         figure("compiling the step of plain-110", seconds[110], unit="s"),
-        figure(
-            f"compile time, plain-110 / plain-{depth}",
-            [deep / shallow for deep, shallow in zip(seconds[110], seconds[depth], strict=True)],
-            at_most=1.5,
+        ratio(
+            f"compile time, plain-110 / plain-{depth}", seconds[110], seconds[depth], at_most=1.5
         ),
         figure("one step on the digits, empty compilation cache", [first], unit="s"),
         figure("the same for the second time", [second], unit="s", at_most=15),

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.programs import BATCH, METHOD, SIZE, make_step, programs
 from orthojax import data
-from orthojax.analysis.figures import figure
+from orthojax.analysis.figures import figure, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.errors import DatasetError
 
@@ -69,9 +69,8 @@ def _late_batches(split, depth, rounds):
         "pipeline": several(make_step(compiled, lambda: compiled.put(next(batches)))),
     }
     seconds = time_interleaved(steps, rounds)
-    pairs = zip(seconds["pipeline"], seconds["constant"], strict=True)
     name = "step time, with the pipeline / with a constant batch"
-    return figure(name, [a / b for a, b in pairs], at_most=1.02)
+    return ratio(name, seconds["pipeline"], seconds["constant"], at_most=1.02)
 
 
 def _decoding(photographs, cores, rounds):
@@ -86,11 +85,10 @@ def _decoding(photographs, cores, rounds):
             memory.append(pipeline.memory())
             rates["bare"].append(bare.rate())
     on = f"{cores} core{'s' if cores > 1 else ''}"
-    shares = [a / b for a, b in zip(rates["pipeline"], rates["bare"], strict=True)]
     return [
         figure(f"photographs decoded alone, {on}", rates["bare"], unit="images/s"),
         figure(f"photographs through the pipeline, {on}", rates["pipeline"], unit="images/s"),
-        figure(f"pipeline / decoding alone, {on}", shares, at_least=0.7),
+        ratio(f"pipeline / decoding alone, {on}", rates["pipeline"], rates["bare"], at_least=0.7),
         figure(f"pipeline's memory, {on}", memory, unit="MiB"),
         figure(
             f"pipeline's memory, last round / first, {on}", [memory[-1] / memory[0]], at_most=1.1

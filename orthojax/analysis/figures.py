@@ -95,6 +95,22 @@ def figure(name: str, values: Iterable[float], **options: Any) -> Figure:
     return Figure(name, median, lower, upper, len(values), **options)
 
 
+def ratio(name: str, above: Sequence[float], below: Sequence[float], **options: Any) -> Figure:
+    """A figure of the ratios of two measured values, round by round.
+
+    Args:
+      name: see `Figure`.
+      above: the one in every round, such as seconds from `time_interleaved`.
+      below: the other, in as many rounds.
+      **options: see `figure`.
+
+    Example:
+      >>> ratio("time", [2.0, 4.0, 8.0], [1.0, 2.0, 4.0], at_most=1.5).median
+      2.0
+    """
+    return figure(name, [a / b for a, b in zip(above, below, strict=True)], **options)
+
+
 def table(figures: Sequence[Figure]) -> str:
     """A Markdown table, one row for each figure.
 

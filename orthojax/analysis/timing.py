@@ -1,20 +1,7 @@
 """Comparing the speed of programs on a machine that is never quite at rest."""
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
-
-
-class Ratio(NamedTuple):
-    """How many times slower than the baseline, over the rounds: median, quartiles."""
-
-    median: float
-    lower: float
-    upper: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.3f} ({self.lower:.3f}-{self.upper:.3f})"
 
 
 def time_interleaved(
@@ -41,22 +28,3 @@ def time_interleaved(
             functions[name]()
             seconds[name].append(time.perf_counter() - start)
     return seconds
-
-
-def ratios(seconds: Mapping[str, list[float]], baseline: str) -> dict[str, Ratio]:
-    """Ratios to the baseline, round by round.
-
-    Args:
-      seconds: what `time_interleaved` returned, of at least two rounds.
-      baseline: the name of the function to compare with.
-
-    Example:
-      >>> print(ratios({"a": [1.0, 2.0, 4.0], "b": [2.0, 4.0, 8.0]}, baseline="a")["b"])
-      2.000 (2.000-2.000)
-    """
-    result = {}
-    for name, times in seconds.items():
-        each = [t / b for t, b in zip(times, seconds[baseline], strict=True)]
-        lower, median, upper = statistics.quantiles(each, n=4, method="inclusive")
-        result[name] = Ratio(median, lower, upper)
-    return result

@@ -3,12 +3,11 @@
 import collections
 import concurrent.futures
 import multiprocessing
-import os
 import signal
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from orthojax.data.orphans import end_with_parent
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
@@ -131,13 +130,7 @@ def _start_worker(encoder: Encoder) -> None:
     _worker_encoder = encoder
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends the workers
-    # Nothing else would end them when the parent is killed.
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+    end_with_parent()
 
 
 def _work(split: str, rows: range) -> list[bytes | None]:

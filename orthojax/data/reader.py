@@ -8,11 +8,8 @@ there is.
 """
 
 import dataclasses
-import multiprocessing
-import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -24,6 +21,7 @@ from absl import flags
 from orthojax.data import photographs
 from orthojax.data.interface import Batch
 from orthojax.data.order import Order, check_batch_size
+from orthojax.data.orphans import end_with_parent
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
@@ -233,14 +231,8 @@ def _start_worker(index: int, count: int) -> None:
     # say, which first saves.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # Grain's workers do not notice that their parent was killed.
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    end_with_parent()
     cv2.setNumThreads(1)
-
-
-def _die_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 class StreamedTrainIterator:
