@@ -10,8 +10,6 @@ import itertools
 import json
 import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 
 import jax
@@ -23,8 +21,8 @@ from flax import linen as nn
 from orthojax.data import load, source
 from orthojax.state import TrainState
 from orthojax.step import make_eval_step
+from tests.prepare_data import prepare_data
 
-ROOT = pathlib.Path(__file__).parent.parent
 ARCHIVES = os.environ.get("ORTHOJAX_IMAGENET_MANUAL_DIR")
 MINIATURE = 2**30  # bytes of the largest that these tests take
 
@@ -63,16 +61,8 @@ def contents(file):
 def data_dir(archived, tmp_path_factory):
     """Holds `imagenet2012` and `imagenet2012_256`, both prepared by one command."""
     place = str(tmp_path_factory.mktemp("tfds"))
-    done = subprocess.run(
-        [sys.executable, "launch/prepare_data.py", "imagenet2012", "--resize=256"]
-        + [f"--data_dir={place}", f"--manual_dir={ARCHIVES}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
+    places = (f"--data_dir={place}", f"--manual_dir={ARCHIVES}")
+    done = prepare_data("imagenet2012", "--resize=256", *places, timeout=600)
     assert done.stdout.endswith(f"{place}/imagenet2012_256/5.1.0\n")
     return place
 

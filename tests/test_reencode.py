@@ -4,8 +4,6 @@ import io
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -19,8 +17,8 @@ pytest.importorskip("cv2")
 from orthojax.data import encoder, load, photographs, prepare, reencode, source, stand_in  # noqa: E402
 from orthojax.data.records import Records  # noqa: E402
 from orthojax.errors import DatasetError  # noqa: E402
+from tests.prepare_data import prepare_data  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parent.parent
 NAME, CONFIG, SIZE = "orthojax_photographs", "summer", 24
 SQUARES = f"{NAME}_{SIZE}/{CONFIG}"
 COUNTS = {"train": 23, "validation": 9}
@@ -170,16 +168,8 @@ def test_metadata_are_the_originals(squares):
 
 def test_workers_change_no_byte(squares, data_dir):
     """From the command line, where nothing knows the original's code."""
-    command = ["launch/prepare_data.py", NAME, f"--resize={SIZE}", "--workers=2"]
-    done = subprocess.run(
-        [sys.executable, *command, f"--data_dir={data_dir}"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    options = (f"--resize={SIZE}", "--workers=2", f"--data_dir={data_dir}")
+    done = prepare_data(NAME, *options, timeout=120)
     assert f"{NAME}_{SIZE}: 32 images in" in done.stderr
     expected, found = (files(place / f"{NAME}_{SIZE}") for place in (squares, data_dir))
     assert found == expected and len(found) == 11
