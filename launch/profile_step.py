@@ -39,7 +39,7 @@ def main():
         state[0], metrics = programs.train_step(state[0], batch)
         jax.block_until_ready(metrics)
 
-    shares = profile(step, programs.train_step.as_text())
+    shares = profile(step, programs.compiled_train_step.as_text())
     print(f"{'ms/step':>9} {'times':>6}  instruction, result, origin")
     for share in shares[: flags.FLAGS.top]:
         print(

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -70,6 +70,23 @@ class Settings:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
 
 
+class Numbers(NamedTuple):
+    """What of a config the compiled programs are given, rather than have in them.
+
+    Runs that differ in these alone, such as seeds and a sweep of learning rates, are one program:
+    it is compiled once, and the compilation cache has it for the others.
+
+    Attributes:
+      seed: uint32 scalar.
+      learning_rate: float32 scalar, of the optimizer, that the schedule starts from.
+      coefficient: float32 scalar, of the regularizer; 0 where it has none.
+    """
+
+    seed: Any
+    learning_rate: Any
+    coefficient: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What a config stands for, built: everything that does not change during training.
@@ -78,7 +95,6 @@ class Experiment:
       settings: the config itself.
       dataset: the images, in memory or streamed.
       net: the model.
-      optimizer: regularizer and optimizer, chained.
       schedule: the learning rate as a function of the step.
       mesh: the devices.
     """
@@ -86,9 +102,21 @@ class Experiment:
     settings: Settings
     dataset: data.Dataset
     net: nn.Module
-    optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     mesh: Mesh
+
+    @property
+    def numbers(self) -> Numbers:
+        """The config's own, as NumPy scalars."""
+        return Numbers(
+            np.uint32(self.settings.seed % 2**32),
+            np.float32(self.settings.optimizer["learning_rate"]),
+            np.float32(dict(self.settings.regularizer).get("coefficient", 0.0)),
+        )
+
+    def optimizer(self, numbers: Numbers) -> optax.GradientTransformation:
+        """Regularizer and optimizer, chained, with numbers that may be traced."""
+        return _optimizer_and_schedule(self.settings, self.mesh, numbers)[0]
 
     @property
     def modulated(self) -> bool:
@@ -118,13 +146,7 @@ def build(
     settings = bind(Settings, config, "")
     mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
     batch_sharding(mesh, settings.batch_size)
-    optimizer, schedule = make_optimizer(
-        optimizer=settings.optimizer,
-        schedule=settings.schedule,
-        regularizer=settings.regularizer,
-        steps=settings.steps,
-        mesh=mesh,
-    )
+    _, schedule = _optimizer_and_schedule(settings, mesh)
     # Before the data: a bad depth should not wait for a data set to be decoded.
     net = _make_net(settings)
     if settings.batch_size % net.bn_groups:
@@ -134,7 +156,22 @@ def build(
     dataset = bind(data.implementation(load, settings.dataset), settings.dataset, "dataset")
     dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
     net = net.clone(num_classes=dataset.num_classes)
-    return Experiment(settings, dataset, net, optimizer, schedule, mesh)
+    return Experiment(settings, dataset, net, schedule, mesh)
+
+
+def _optimizer_and_schedule(settings: Settings, mesh: Mesh, numbers: Numbers | None = None):
+    optimizer, regularizer = dict(settings.optimizer), dict(settings.regularizer)
+    if numbers is not None:
+        optimizer["learning_rate"] = numbers.learning_rate
+        if "coefficient" in regularizer:
+            regularizer["coefficient"] = numbers.coefficient
+    return make_optimizer(
+        optimizer=optimizer,
+        schedule=settings.schedule,
+        regularizer=regularizer,
+        steps=settings.steps,
+        mesh=mesh,
+    )
 
 
 def _make_net(settings: Settings) -> nn.Module:

@@ -1,13 +1,14 @@
 """The compiled programs of a run: one of each, made before the first step."""
 
+import dataclasses
 import functools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
-from orthojax.experiment import Experiment
+from orthojax.experiment import Experiment, Numbers
 from orthojax.sharding import (
     batch_sharding,
     local_rows,
@@ -16,16 +17,18 @@ from orthojax.sharding import (
     to_devices,
 )
 from orthojax.state import TrainState, init_state
-from orthojax.step import make_eval_step, make_train_step
+from orthojax.step import Metrics, make_eval_step, make_train_step
 
 
-class Programs(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Programs:
     """Compiled ahead of time, so that a shape that changes is an error and not a second compile.
 
     Attributes:
       abstract_state: shapes, dtypes and shardings of the train state.
-      init: `() -> state`; no device and no host ever holds more of it than its share.
-      train_step: `(state, batch) -> (state, metrics)`; the state given is consumed.
+      numbers: the config's, which the next two are called with.
+      compiled_init: `seed -> state`.
+      compiled_train_step: `(state, batch, numbers) -> (state, metrics)`.
       eval_step: `(state, batch) -> sums`.
       rows: which rows of a batch this process supplies.
       put: this process's rows of a batch to the devices.
@@ -33,12 +36,21 @@ class Programs(NamedTuple):
     """
 
     abstract_state: TrainState
-    init: Any
-    train_step: Any
-    eval_step: Any
+    numbers: Numbers
+    compiled_init: jax.stages.Compiled
+    compiled_train_step: jax.stages.Compiled
+    eval_step: jax.stages.Compiled
     rows: np.ndarray
     put: Any
     compile_seconds: float
+
+    def init(self) -> TrainState:
+        """The first state; no device and no host ever holds more of it than its share."""
+        return self.compiled_init(self.numbers.seed)
+
+    def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """The next state and the metrics of the step; the state given is consumed."""
+        return self.compiled_train_step(state, batch, self.numbers)
 
 
 def compile_programs(experiment: Experiment) -> Programs:
@@ -49,10 +61,12 @@ def compile_programs(experiment: Experiment) -> Programs:
     rows = local_rows(split, batch_size)
     state = abstract_state(experiment)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    init = jax.jit(_init(experiment), out_shardings=shardings)
     return Programs(
         abstract_state=state,
-        init=jax.jit(_init(experiment), out_shardings=shardings).lower().compile(),
-        train_step=lower_train_step(experiment).compile(),
+        numbers=experiment.numbers,
+        compiled_init=init.lower(_abstract_numbers(experiment).seed).compile(),
+        compiled_train_step=lower_train_step(experiment).compile(),
         eval_step=_lower_eval_step(experiment).compile(),
         rows=rows,
         put=functools.partial(to_devices, split, batch_size, rows),
@@ -62,7 +76,7 @@ def compile_programs(experiment: Experiment) -> Programs:
 
 def abstract_state(experiment: Experiment) -> TrainState:
     """Shapes, dtypes and shardings of the train state; computes nothing."""
-    shapes = jax.eval_shape(_init(experiment))
+    shapes = jax.eval_shape(_init(experiment), experiment.numbers.seed)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -72,17 +86,19 @@ def abstract_state(experiment: Experiment) -> TrainState:
 
 def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
     """The training step of an experiment, traced and ready to compile for its mesh."""
-    step = make_train_step(
-        experiment.net,
-        experiment.optimizer,
-        experiment.dataset.augment,
-        experiment.settings.seed,
-        _gather(experiment),
-    )
+
+    def train_step(state, batch, numbers):
+        optimizer = experiment.optimizer(numbers)
+        augment = experiment.dataset.augment
+        gather = _gather(experiment)
+        step = make_train_step(experiment.net, optimizer, augment, numbers.seed, gather)
+        return step(state, batch)
+
     state = abstract_state(experiment)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step, out_shardings=(shardings, replicated(experiment.mesh)), donate_argnums=0)
-    return jitted.lower(state, _abstract_batch(experiment, image="uint8", label="int32"))
+    batch = _abstract_batch(experiment, image="uint8", label="int32")
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(experiment.mesh)
+    jitted = jax.jit(train_step, out_shardings=shardings, donate_argnums=0)
+    return jitted.lower(state, batch, _abstract_numbers(experiment))
 
 
 def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
@@ -93,19 +109,22 @@ def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
 
 
 def _init(experiment: Experiment):
-    return functools.partial(
-        init_state,
-        experiment.net,
-        experiment.optimizer,
-        experiment.dataset.image_shape,
-        experiment.settings.seed,
-    )
+    optimizer = experiment.optimizer(experiment.numbers)
+    shape = experiment.dataset.image_shape
+    return functools.partial(init_state, experiment.net, optimizer, shape)
 
 
 def _gather(experiment: Experiment):
     """Left to itself, the compiler would split the convolutions instead, and move activations."""
     whole = replicated(experiment.mesh)
     return functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
+
+
+def _abstract_numbers(experiment: Experiment) -> Numbers:
+    whole = replicated(experiment.mesh)
+    return jax.tree.map(
+        lambda number: jax.ShapeDtypeStruct((), number.dtype, sharding=whole), experiment.numbers
+    )
 
 
 def _abstract_batch(experiment: Experiment, **dtypes: str) -> dict[str, jax.ShapeDtypeStruct]:

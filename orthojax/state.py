@@ -42,7 +42,7 @@ def init_state(
       net: called as `net(images, train=...)`.
       optimizer: its state is made from the parameters.
       image_shape: (H, W, C).
-      seed: the parameters are a function of it.
+      seed: the parameters are a function of it; an integer or a uint32 scalar.
     """
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = net.init(jax.random.key(seed), images, train=False)

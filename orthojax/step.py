@@ -27,7 +27,7 @@ def make_train_step(
       net: called as `net(images, train=True)`; it may have modulation sites.
       optimizer: any optax transformation.
       augment: `(uint8 images, key) -> float images`.
-      seed: the key of step k is `fold_in(key(seed), k)`.
+      seed: an integer or a uint32 scalar; the key of step k is `fold_in(key(seed), k)`.
       gather: applied to the parameters before the net sees them; for a mesh on which they are
         split, what brings them together.
 

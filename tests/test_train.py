@@ -29,7 +29,7 @@ from orthojax import data, linen, read
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.experiment import build
 from orthojax.metrics import read_metrics
-from orthojax.programs import compile_programs
+from orthojax.programs import compile_programs, lower_train_step
 from orthojax.train import evaluate, train_and_evaluate
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -391,3 +391,30 @@ def test_bad_flags_are_refused_in_one_message(flag, message):
     assert process.returncode == 2
     assert re.search(f"^error: .*{message}", process.stderr, re.DOTALL)
     assert "Traceback" not in process.stderr
+
+
+def test_seeds_rates_and_coefficients_share_a_program():
+    first, other = tiny_config(), tiny_config()
+    other.seed, other.model.kernel_init, other.model.bn_bias = 7, "he", 0.5
+    other.optimizer.learning_rate, other.regularizer.coefficient = 0.3, 0.02
+    texts = [lower_train_step(build(config)).as_text() for config in (first, other)]
+    assert texts[0] == texts[1]
+    other.regularizer = {"name": "l2", "coefficient": 0.02}
+    assert lower_train_step(build(other)).as_text() != texts[0]
+
+
+@pytest.mark.parametrize("key", ["seed", "optimizer.learning_rate", "regularizer.coefficient"])
+def test_numbers_given_to_the_program_count(key):
+    losses = []
+    for value in (1, 2):
+        config = tiny_config()
+        config.model.kernel_init = "he"  # which the regularizer finds something to do with
+        config.update_from_flattened_dict({key: value if key == "seed" else float(value)})
+        experiment = build(config)
+        programs = compile_programs(experiment)
+        state = programs.init()
+        batches = experiment.dataset.train_batches(experiment.settings.batch_size, 0)
+        for _ in range(2):
+            state, metrics = programs.train_step(state, programs.put(next(batches)))
+        losses.append(float(metrics["param_norm"]))
+    assert losses[0] != losses[1]

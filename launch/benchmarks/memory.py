@@ -8,12 +8,12 @@ def measure(rounds: int, depth: int):
     """Figures of memory; the number of rounds is of no concern to them."""
     del rounds
     held = {
-        BASELINE: peak_memory(programs(BASELINE, depth).train_step),
-        METHOD: peak_memory(programs(METHOD, depth).train_step),
-        "unrolled": peak_memory(programs(BASELINE, depth, scan=False).train_step),
-        "remat": peak_memory(programs(METHOD, depth, remat=True).train_step),
-        "110": peak_memory(programs(METHOD, 110).train_step),
-        "110, remat": peak_memory(programs(METHOD, 110, remat=True).train_step),
+        BASELINE: peak_memory(programs(BASELINE, depth).compiled_train_step),
+        METHOD: peak_memory(programs(METHOD, depth).compiled_train_step),
+        "unrolled": peak_memory(programs(BASELINE, depth, scan=False).compiled_train_step),
+        "remat": peak_memory(programs(METHOD, depth, remat=True).compiled_train_step),
+        "110": peak_memory(programs(METHOD, 110).compiled_train_step),
+        "110, remat": peak_memory(programs(METHOD, 110, remat=True).compiled_train_step),
     }
 
     def ratio(name, above, below, **target):
