@@ -18,9 +18,16 @@ def run(define_flags, main):
     everything saved, and the same command goes on; 1 anything else.
     """
     sys.path.insert(0, str(ROOT))  # so that configs may import each other
+    keep_compiled_programs()  # before a config imports JAX, which reads its environment then
     with _config_errors_in_one_line(sys.argv):
         define_flags()
     app.run(lambda argv: _main(argv, main), flags_parser=_parse)
+
+
+def keep_compiled_programs():
+    """Has JAX keep what it compiles for the next start, unless the environment says where."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "orthojax" / "xla"))
 
 
 def define_config(default="digits_plain110"):
@@ -72,8 +79,6 @@ def _config_errors_in_one_line(argv):
 def _main(argv, main):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "orthojax" / "xla"))
     logging.set_verbosity(logging.WARNING)
 
     # Late, so that --help and a mistyped flag answer at once.

@@ -194,6 +194,19 @@ def command(workdir, *overrides):
     ]
 
 
+def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
+    environment = os.environ | {
+        "XDG_CACHE_HOME": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    for seed in (0, 1):
+        run = command(tmp_path / f"run{seed}", "--config.steps=1", f"--config.seed={seed}")
+        subprocess.run(run, check=True, capture_output=True, env=environment)
+    kept = [path.name for path in (tmp_path / "orthojax" / "xla").iterdir()]
+    assert sum("train_step" in name and name.endswith("-cache") for name in kept) == 1, kept
+
+
 def launch(workdir, *overrides, until=None, send=None):
     """Runs launch/train.py; when a progress line contains `until`, sends the signal `send`."""
     process = subprocess.Popen(

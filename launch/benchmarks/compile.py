@@ -45,7 +45,7 @@ def _compile(depth):
 
 def _train(place, workdir):
     options = ["--config.steps=1", f"--config.dataset.data_dir={place}/data"]
-    return _run(*options, f"--workdir={place}/{workdir}", JAX_COMPILATION_CACHE_DIR=f"{place}/xla")
+    return _run(*options, f"--workdir={place}/{workdir}", XDG_CACHE_HOME=place)
 
 
 def _run(*arguments, **environment):
