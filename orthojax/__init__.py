@@ -13,6 +13,7 @@ from orthojax.modulation import (
 )
 from orthojax.ortho import (
     decoupled_ortho,
+    mean_correlation,
     optax_ortho,
     ortho_penalty,
     orthonormality_error,
@@ -33,6 +34,7 @@ __all__ = [
     "first_link",
     "init_state",
     "modulate",
+    "mean_correlation",
     "optax_ortho",
     "ortho_penalty",
     "orthonormality_error",

@@ -23,3 +23,7 @@ class WorkdirError(UserError):
 
 class DivergenceError(UserError, FloatingPointError):
     """Training produced NaN or Inf; the last good checkpoint is kept."""
+
+
+class WorkdirBusyError(WorkdirError):
+    """Another process is training in a working directory."""

@@ -41,6 +41,7 @@ class Settings:
       log_every: steps between records and progress lines.
       eval_every: steps between evaluations on the test split; there is always one at the end.
       checkpoint_every: steps between checkpoints; there is always one at the end.
+      observe_every: steps between records of the layers, see `orthojax.observe`; 0 is never.
       keep_checkpoints: how many of the newest are kept.
       tensorboard: write TensorBoard events too (extra `[tensorboard]`).
       mesh: `data` and `fsdp`, see `orthojax.sharding.make_mesh`. What is computed does not depend
@@ -60,6 +61,7 @@ class Settings:
     log_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 100
+    observe_every: int = 0
     keep_checkpoints: int = 3
     tensorboard: bool = False
     mesh: Mapping = dataclasses.field(default_factory=dict)
@@ -68,6 +70,8 @@ class Settings:
         for key in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
+        if self.observe_every < 0:
+            raise ConfigError(f"`observe_every` is {self.observe_every}; it must be at least 0")
 
 
 class Numbers(NamedTuple):

@@ -55,21 +55,22 @@ class MetricWriter:
             write_atomic(path, text.encode())
         self._file = _Object(path, text) if is_remote(path) else path.open("a", encoding="utf-8")
 
-    def write(self, step: int, kind: str, **scalars: Any) -> None:
+    def write(self, step: int, kind: str, **values: Any) -> None:
         """Appends one record and flushes it.
 
         Args:
           step: number of finished training steps.
           kind: such as `"train"` or `"test"`.
-          **scalars: numbers, or arrays of one element. NaN and infinities become null, since
-            JSON has no such numbers.
+          **values: numbers, arrays of one element, or lists of such. NaN and infinities become
+            null, since JSON has no such numbers. TensorBoard gets no lists.
         """
-        numbers = {name: _to_number(value) for name, value in scalars.items()}
+        numbers = {name: _to_number(value) for name, value in values.items()}
         self._file.write(_to_line({"step": int(step), "kind": kind, **numbers}))
         self._file.flush()
         if self._events is not None:
             for name, value in numbers.items():
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+                if not isinstance(value, list):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Closes the files."""
@@ -99,7 +100,7 @@ class _Object(io.StringIO):
 class NullWriter:
     """A `MetricWriter` that writes nothing, for every process but the first."""
 
-    def write(self, step: int, kind: str, **scalars: Any) -> None:
+    def write(self, step: int, kind: str, **values: Any) -> None:
         """Does nothing."""
 
     def __enter__(self) -> "NullWriter":
@@ -133,7 +134,7 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            record = {name: _lenient(value) for name, value in json.loads(line).items()}
             records.append({"step": record.pop("step"), "kind": record.pop("kind"), **record})
         except (ValueError, AttributeError, KeyError):
             raise WorkdirError(
@@ -142,18 +143,29 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     return records
 
 
-def _to_number(value: Any) -> int | float:
+def _to_number(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_to_number(element) for element in value]
     # Arrays of NumPy and JAX of any dtype, and their scalars, have `item`.
     value = value.item() if hasattr(value, "item") else value
     return value if isinstance(value, int) else float(value)
 
 
 def _to_line(record: dict[str, Any]) -> str:
-    strict = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in record.items()
-    }
+    strict = {name: _strict(value) for name, value in record.items()}
     return json.dumps(strict, allow_nan=False) + "\n"
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_strict(element) for element in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lenient(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_lenient(element) for element in value]
+    return math.nan if value is None else value
 
 
 def _open_events(workdir: str | os.PathLike, resume_step: int | None) -> Any:

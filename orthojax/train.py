@@ -22,8 +22,10 @@ from orthojax.experiment import Experiment, build
 from orthojax.interrupt import Interrupted, StopRequest, stop_on_signals
 from orthojax.metrics import MetricWriter, NullWriter, read_metrics
 from orthojax.modulation import calibrate
+from orthojax.observe import observe
 from orthojax.programs import Programs, compile_programs
 from orthojax.progress import Progress
+from orthojax.sharding import replicated
 from orthojax.state import TrainState
 from orthojax.storage import to_path
 from orthojax.workdir import claim, write_json_atomic
@@ -192,6 +194,7 @@ class _Trainer:
         self._pending: list[dict[str, jax.Array]] = []
         self._trained_images = 0
         self._training_seconds = 0.0
+        self._observe = jax.jit(observe, out_shardings=replicated(experiment.mesh))
         self.test: dict[str, float] = {}  # of the last evaluation
 
     def train(self, state: TrainState, batches: data.TrainBatches, first_step: int) -> TrainState:
@@ -206,6 +209,9 @@ class _Trainer:
             stopping = self._request.reached(step)
             evaluating = step % settings.eval_every == 0 or last
             saving = step % settings.checkpoint_every == 0 or evaluating or stopping
+            if settings.observe_every and step % settings.observe_every == 0:
+                found = self._observe(state.params, state.moments)
+                self._writer.write(step, "layers", **jax.device_get(found))
             if not (step % settings.log_every == 0 or evaluating or saving):
                 continue
             record = self._collect(step)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from orthojax.config import differences, to_json
-from orthojax.errors import WorkdirError
+from orthojax.errors import WorkdirBusyError, WorkdirError
 from orthojax.storage import is_remote, to_path, write_atomic
 
 _PACKAGES = (
@@ -44,7 +44,7 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
 
     Raises:
       WorkdirError: the path is a file or cannot be written, the directory holds the run of
-        another config or no run at all, or another process is training there.
+        another config or no run at all; a `WorkdirBusyError` if another process trains there.
 
     Example:
       >>> import tempfile
@@ -126,7 +126,7 @@ def _lock(workdir: pathlib.Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise WorkdirError(
+        raise WorkdirBusyError(
             f"another process is training in {workdir}; wait for it, or choose another --workdir"
         ) from None
     _held_locks[identity] = descriptor

@@ -7,7 +7,12 @@ import pytest
 
 from orthojax.errors import ConfigError
 from orthojax.initializers import orthonormal
-from orthojax.ortho import ortho_penalty, orthonormality_error, project_orthonormal
+from orthojax.ortho import (
+    mean_correlation,
+    ortho_penalty,
+    orthonormality_error,
+    project_orthonormal,
+)
 
 
 def test_error_is_the_worst_group_of_the_worst_layer():
@@ -92,3 +97,44 @@ def test_projection_of_zero_is_finite():
 def test_unknown_method():
     with pytest.raises(ConfigError, match="newton_schulz"):
         project_orthonormal({"kernel": jnp.eye(2)}, method="qr")
+
+
+@pytest.mark.parametrize("diagonal", [True, False])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_mean_correlation_is_equation_8(diagonal, absolute):
+    draw = np.random.default_rng(3).normal
+    params = {
+        "first": {"kernel": draw(size=(3, 3, 1, 12))},  # more columns than rows
+        "scanned": {"kernel": draw(size=(2, 3, 3, 4, 6)), "bias": np.ones((2, 6))},
+        "head": {"kernel": draw(size=(6, 5))},
+    }
+    matrices = [
+        params["first"]["kernel"].reshape(9, 12),
+        *(layer.reshape(36, 6) for layer in params["scanned"]["kernel"]),
+        params["head"]["kernel"],
+    ]
+    total = count = 0
+    for matrix in matrices:
+        columns = matrix.T
+        for i in range(len(columns)):
+            for j in range(i if diagonal else i + 1, len(columns)):
+                lengths = np.linalg.norm(columns[i]) * np.linalg.norm(columns[j])
+                cosine = columns[i] @ columns[j] / lengths
+                total += abs(cosine) if absolute else cosine
+                count += 1
+    single = jax.tree.map(jnp.float32, params)
+    found = jax.jit(lambda p: mean_correlation(p, diagonal=diagonal, absolute=absolute))(single)
+    np.testing.assert_allclose(found, total / count, rtol=1e-4, atol=1e-7)
+
+
+def test_correlation_of_orthonormal_kernels_as_printed_is_that_of_the_diagonal():
+    params = {"kernel": orthonormal()(jax.random.key(2), (3, 3, 8, 20))}
+    np.testing.assert_allclose(mean_correlation(params), 2 / 21, rtol=1e-4)
+    assert abs(mean_correlation(params, diagonal=False)) < 1e-7
+
+
+def test_nothing_to_correlate_is_refused_and_a_dead_column_is_not():
+    with pytest.raises(ConfigError, match="no two columns"):
+        mean_correlation({"kernel": jnp.ones((3, 1))}, diagonal=False)
+    dead = {"kernel": jnp.zeros((3, 2)).at[:, 0].set(1)}
+    np.testing.assert_allclose(mean_correlation(dead), 1 / 3)

@@ -3,7 +3,7 @@
 from orthojax.models.imagenet import ImageNetPlainNet, ImageNetResNet
 from orthojax.models.nets import ConvNet, PlainNet, ResNet
 from orthojax.models.normalization import BatchNorm
-from orthojax.models.stacking import stack_blocks, unstack_blocks
+from orthojax.models.stacking import in_order, stack_blocks, unstack_blocks
 from orthojax.models.summary import describe_net
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "PlainNet",
     "ResNet",
     "describe_net",
+    "in_order",
     "stack_blocks",
     "unstack_blocks",
 ]

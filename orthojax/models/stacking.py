@@ -80,6 +80,36 @@ def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def in_order(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """The leaves of any collection of a `ConvNet`, by path, from the images to the logits.
+
+    Scanned stages are unstacked, so that there is one leaf for each layer. A projection shortcut
+    stands behind the layers of its block.
+
+    Example:
+      >>> block = {"layer_0": {"bias": 0}, "layer_1": {"bias": 1}}
+      >>> tree = {"head": {"bias": 9}, "stage_1": {"block_0": block}, "stem": {"bias": 8}}
+      >>> [leaf for _, leaf in in_order(tree)]
+      [8, 0, 1, 9]
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(unstack_blocks(variables))[0]
+    named = [(jax.tree_util.keystr(p, simple=True, separator="/"), leaf) for p, leaf in leaves]
+    return sorted(named, key=lambda item: [_place(name) for name in item[0].split("/")])
+
+
+def _place(name: str) -> tuple[int, int, str]:
+    kind, _, number = name.rpartition("_")
+    if not number.isdigit():
+        kind, number = name, "0"
+    first, last = ("stem", "stage", "entry", "block", "layer"), ("shortcut", "last", "head")
+    rank = (
+        (first.index(kind) if kind in first else len(first))
+        if kind not in last
+        else 9 + last.index(kind)
+    )
+    return rank, int(number), name
+
+
 def stack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `unstack_blocks`: `block_0`, `block_1`, ... become one `scanned`.
 

@@ -4,14 +4,15 @@ views, resolution      which parameters are kernels, and their axes
 variants, conv         what is penalised, with gradients in closed form
 kernels                kernels of one shape in one product
 transformation         `optax_ortho`, `decoupled_ortho`
-measures, projection   `ortho_penalty`, `orthonormality_error`, `project_orthonormal`
+measures, projection   `ortho_penalty`, `orthonormality_error`, `mean_correlation`,
+                       `project_orthonormal`
 """
 
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import views
 from orthojax.ortho.conv import Conv
 from orthojax.ortho.kernels import VARIANTS
-from orthojax.ortho.measures import ortho_penalty, orthonormality_error
+from orthojax.ortho.measures import mean_correlation, ortho_penalty, orthonormality_error
 from orthojax.ortho.projection import project_orthonormal
 from orthojax.ortho.transformation import OrthoState, decoupled_ortho, optax_ortho
 from orthojax.ortho.variants import (
@@ -37,6 +38,7 @@ __all__ = [
     "OrthoState",
     "Variant",
     "decoupled_ortho",
+    "mean_correlation",
     "optax_ortho",
     "ortho_penalty",
     "orthonormality_error",

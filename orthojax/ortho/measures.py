@@ -1,10 +1,11 @@
-"""The penalty as a number, and how far each kernel is from orthonormal."""
+"""The penalty as a number, how far each kernel is from orthonormal, and how alike its columns."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from orthojax.errors import ConfigError
 from orthojax.matrices import gram
 from orthojax.ortho.kernels import map_blocks, penalised, variant_named
 from orthojax.ortho.variants import Variant
@@ -85,3 +86,67 @@ def orthonormality_error(
 
     parts = map_blocks(relative_error, kernels, batched)
     return {kernel.path: jnp.max(part) for part, (_, kernel) in zip(parts, kernels, strict=True)}
+
+
+def mean_correlation(
+    params: Any,
+    *,
+    diagonal: bool = True,
+    absolute: bool = False,
+    mask: Any = None,
+    view: Any = None,
+) -> jax.Array:
+    r"""Mean cosine of the angle between the columns of a kernel, over all pairs of all kernels.
+
+    .. math::
+      \bar s = \frac{1}{N} \sum_l \sum_i \sum_{j \ge i}
+      \frac{v_i^{(l)} \cdot v_j^{(l)}}{\|v_i^{(l)}\| \|v_j^{(l)}\|}
+
+    is Eq. 8 of Xie et al. (2017), `N` being the number of pairs. As printed `j` starts at `i`: each
+    column counts with itself, as a 1, so that an orthonormal kernel of `n` columns has
+    `2 / (n + 1)` and not 0. And signs cancel. Without the diagonal, and of absolute values, it
+    measures what its name says.
+
+    Args:
+      params: Parameter tree.
+      diagonal: Whether pairs `(i, i)` count.
+      absolute: Whether absolute values are averaged.
+      mask, view: See `optax_ortho`. All columns of a kernel are compared; there are no groups.
+
+    Returns:
+      A scalar in float32 (float64 if a kernel is). A column of zeros has the cosine 0 with all.
+
+    Raises:
+      ConfigError: As `optax_ortho`; no two columns to compare.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kernel = jnp.eye(3)
+      >>> float(mean_correlation({"kernel": kernel})), float(2 / (3 + 1))
+      (0.5, 0.5)
+      >>> float(mean_correlation({"kernel": kernel}, diagonal=False))
+      0.0
+    """
+    kernels = penalised(params, mask, view, "none")
+
+    def cosines(blocks, identity, layout):
+        del identity, layout
+        norms = jnp.linalg.norm(blocks.reshape(len(blocks), -1, blocks.shape[-1]), axis=1)
+        unit = blocks / jnp.where(norms > 0, norms, 1).reshape(
+            len(blocks), *(1,) * (blocks.ndim - 2), -1
+        )
+        products = gram(unit)
+        products = jnp.abs(products) if absolute else products
+        ones = jnp.trace(products, axis1=1, axis2=2)
+        pairs = (jnp.sum(products, axis=(1, 2)) - ones) / 2
+        return pairs + ones if diagonal else pairs
+
+    sums = map_blocks(cosines, kernels)
+    columns = [kernel.fan[1] for _, kernel in kernels]
+    count = sum(
+        kernel.blocks * n * (n + 1 if diagonal else n - 1) // 2
+        for n, (_, kernel) in zip(columns, kernels, strict=True)
+    )
+    if not count:
+        raise ConfigError("there are no two columns to compare in these parameters")
+    return sum(jnp.sum(part) for part in sums) / count

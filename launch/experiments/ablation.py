@@ -1,0 +1,104 @@
+"""What of the recipe matters: one factor at a time, each arm at a learning rate of its own."""
+
+import itertools
+
+from experiments.arms import LADDER, cifar10, digits
+from orthojax.isometry import isometric_bias
+from orthojax.sweep import tuned
+
+TITLE = "What matters: one factor at a time"
+STEPS = 150
+
+# (data set, depth) -> the factors that are varied there; cost decides.
+BENCHES = {
+    ("digits", 44): ("bias", "regularizer", "modulation"),
+    ("digits", 110): ("bias", "regularizer", "modulation"),
+    ("cifar10", 44): ("cifar10",),
+}
+
+
+def bias_and_kernel(config):
+    """BN bias at initialisation, for both kernels."""
+    solved = isometric_bias(config.model.depth - 1, 6.8)
+    for kernel, bias in itertools.product(
+        ("delta_orthonormal", "orthonormal"), (0.0, 0.5, 1.0, round(solved, 2), 2.0)
+    ):
+        yield f"{kernel}, bias {bias:g}", {"model.kernel_init": kernel, "model.bn_bias": bias}
+
+
+def regularizer(config):
+    """None, L2, and the orthonormality penalty over four decades."""
+    del config
+    yield "none", {"regularizer": {"name": "none"}}
+    yield "L2 1e-4", {"regularizer": {"name": "l2", "coefficient": 1e-4}}
+    for coefficient in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
+        yield f"ortho {coefficient:g}", {"regularizer.coefficient": coefficient}
+
+
+def modulation(config):
+    """When, from which moments, and from what mismatch on."""
+    yield "always", {}
+    yield "off", {"modulation": None}
+    yield "first 10 %", {"modulation.steps": config.steps // 10}
+    yield "until settled", {"modulation.settle": 0.1}
+    yield "direct", {"modulation.mode": "direct"}
+    yield "tolerance 0", {"modulation.tolerance": 0.0}
+    yield "tolerance 1", {"modulation.tolerance": 1.0}
+
+
+def on_cifar10(config):
+    """The extremes of the other factors."""
+    del config
+    yield "recipe", {}
+    for bias in (0.0, 0.5, 2.0):
+        yield f"bias {bias:g}", {"model.bn_bias": bias}
+    yield "orthonormal kernels", {"model.kernel_init": "orthonormal"}
+    yield "no regularizer", {"regularizer": {"name": "none"}}
+    yield "L2 1e-4", {"regularizer": {"name": "l2", "coefficient": 1e-4}}
+    yield "ortho 1e-2", {"regularizer.coefficient": 1e-2}
+    yield "modulation off", {"modulation": None}
+
+
+FACTORS = {
+    "bias": bias_and_kernel,
+    "regularizer": regularizer,
+    "modulation": modulation,
+    "cifar10": on_cifar10,
+}
+
+
+def arms(options):
+    """(data set, depth, factor, level) -> config; the recipe itself stands in every factor."""
+    found = {}
+    for (dataset, depth), factors in BENCHES.items():
+        if dataset == "digits":
+            recipe = digits(depth, "isometric", STEPS)
+        else:
+            recipe = cifar10(depth, "isometric", "cpu", options.data_dir)
+            recipe.steps = recipe.eval_every = recipe.checkpoint_every = STEPS
+        for factor in factors:
+            for level, changes in FACTORS[factor](recipe):
+                config = recipe.copy_and_resolve_references()
+                with config.ignore_type():
+                    for key, value in changes.items():
+                        section, _, name = key.rpartition(".")
+                        (config[section] if section else config)[name] = value
+                found[dataset, depth, factor, level] = config
+    return found
+
+
+def jobs(options):
+    """Equal levels of different factors are one run, in one directory."""
+    found = {}
+    for (dataset, depth, factor, level), config in arms(options).items():
+        recipe = level in ("always", "recipe", "ortho 0.0001")
+        name = "recipe" if recipe else f"{factor}={level}".replace(" ", "_")
+        seeds = options.seeds if dataset == "digits" else options.seeds[:1]
+        found[dataset, depth, factor, level] = tuned(
+            config,
+            options.workdir / f"{dataset}_{depth}" / name,
+            seeds,
+            rates=LADDER,
+            start=0.01 if dataset == "digits" else 0.02,
+        )
+    return found

@@ -1,0 +1,42 @@
+"""The configs that the experiments compare, of two data sets and one schedule each."""
+
+from configs import cifar10_plain, cifar10_resnet, digits_plain110
+
+# Learning rates to choose from, two or three to a factor of ten.
+LADDER = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+def digits(depth, method, steps=300):
+    """A net of width 8 on the digits.
+
+    method: `isometric` (this project's), `ortho` (the paper's: modulated for the first 4 % of the
+    steps), `l2` (SGD and L2 from He initialisation) or `residual` (that of a net with shortcuts).
+    """
+    config = digits_plain110.get_config(f"depth={depth},steps={steps}")
+    config.eval_every = config.checkpoint_every = steps
+    with config.ignore_type():
+        if method == "ortho":
+            config.model.kernel_init, config.model.bn_bias = "orthonormal", 0.0
+            config.modulation.steps = round(cifar10_plain.MODULATED_FRACTION * steps)
+        elif method != "isometric":
+            config.model.kernel_init, config.model.bn_bias = "he", 0.0
+            config.modulation = None
+            config.regularizer = {"name": "l2", "coefficient": 1e-4}
+        if method == "residual":
+            config.model.name = "ResNet"
+    config.mesh.data = 1
+    return config
+
+
+def cifar10(depth, method, preset, data_dir=None):
+    """A net on CIFAR-10: width 16 and the paper's protocol, or width 8 and 600 steps at 16×16."""
+    if method == "residual":
+        config = cifar10_resnet.get_config(f"depth={depth},method=l2,preset={preset}")
+    else:
+        config = cifar10_plain.get_config(f"depth={depth},method={method},preset={preset}")
+    config.dataset.data_dir = data_dir
+    if preset == "cpu":
+        config.model.width = 8
+        config.eval_every = config.checkpoint_every = 300
+        config.mesh.data = 1
+    return config

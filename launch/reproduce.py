@@ -1,0 +1,71 @@
+"""Runs an experiment and writes its records, a picture and a report.
+
+python launch/reproduce.py table2                            # on two CPU cores
+python launch/reproduce.py gap --seeds=3 --data_dir=DIR      # DIR with a prepared cifar10
+python launch/reproduce.py all --preset=full                 # the paper's protocol
+
+Start the same command several times to use more cores or machines; interrupt it anywhere and start
+it again to go on.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import pathlib
+import sys
+
+from command_line import keep_compiled_programs
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+keep_compiled_programs()
+
+PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
+BEYOND = ("gap", "ablation", "depth")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What an experiment is told.
+
+    Attributes:
+      preset: `cpu` or `full`.
+      seeds: those of every arm.
+      data_dir: of prepared data sets, or None.
+      workdir: of the experiment.
+    """
+
+    preset: str
+    seeds: tuple[int, ...]
+    data_dir: str | None
+    workdir: pathlib.Path
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = (*PAPER, *BEYOND)
+    parser.add_argument("experiment", choices=(*names, "all"), metavar="|".join((*names, "all")))
+    parser.add_argument("--preset", choices=("cpu", "full"), default="cpu")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
+    parser.add_argument("--data_dir", default=os.environ.get("ORTHOJAX_DATA_DIR"))
+    parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "reproduce")
+    arguments = parser.parse_args()
+    wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
+
+    from orthojax.sweep import work
+
+    for name in wanted:
+        experiment = importlib.import_module(f"experiments.{name}")
+        workdir = arguments.workdir / f"{name}_{arguments.preset}"
+        seeds = tuple(range(arguments.seeds))
+        options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
+        results = work(experiment.jobs(options))
+        experiment.report(options, results)
+        print(f"written to {workdir}: report.md")
+
+
+if __name__ == "__main__":
+    main()
