@@ -14,8 +14,9 @@ import argparse
 import importlib
 import os
 import pathlib
-import platform
 import sys
+
+from environment import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,29 +63,6 @@ def main() -> int:
     worse = regressions(figures, baseline)
     print(*(f"worse than {arguments.baseline}: {line}" for line in worse), sep="\n", end="")
     return 1 if worse else 0
-
-
-def environment() -> dict:
-    """What the figures depend on."""
-    import jax
-
-    return {
-        "command": " ".join(["python", "launch/benchmark.py", *sys.argv[1:]]),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "device": jax.devices()[0].device_kind,
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-    }
-
-
-def processor() -> str:
-    """The processor's name, where Linux tells it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,50 @@ def test_scanned_and_unrolled_nets_are_one_function(kind, images):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(jnp.abs(b).max()))
 
 
+@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.parametrize("kind", [PlainNet, ResNet])
+def test_recomputing_segments_changes_nothing(kind, images):
+    """Five or six blocks a stage: whole segments of two, with and without a rest."""
+    modulation = Policy(tolerance=0.0) if kind is PlainNet else None
+    net = kind(depth=38, width=2, kernel_init="he", modulation=modulation)
+    variables = random_variables(net, images)
+    run = jax.jit(value_and_gradients, static_argnums=0)
+    if modulation:
+        variables = {**variables, MOMENTS: run(net, variables, images)[2][MOMENTS]}
+    expected = run(net, variables, images)
+    actual = run(net.clone(remat="segments"), variables, images)
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+    shapes = [
+        jax.eval_shape(lambda n=n: n.init(jax.random.key(0), images, train=False))
+        for n in (net, net.clone(remat="segments"))
+    ]
+    assert shapes[0] == shapes[1]
+    inference = [
+        n.apply(variables, images, train=False) for n in (net, net.clone(remat="segments"))
+    ]
+    np.testing.assert_allclose(*inference, rtol=1e-5, atol=1e-5)
+
+
+def test_segments_need_less_memory_than_blocks():
+    images = jnp.zeros((64, 8, 8, 1))
+    net = PlainNet(depth=182, width=4, kernel_init="delta_orthonormal", bn_bias=2.0)
+    variables = random_variables(net, images)
+    held = {}
+    for remat in (False, True, "segments"):
+        run = jax.jit(value_and_gradients, static_argnums=0)
+        compiled = run.lower(net.clone(remat=remat), variables, images).compile()
+        held[remat] = compiled.memory_analysis().temp_size_in_bytes
+    assert held["segments"] < held[True] < held[False] / 2
+
+
+def test_unknown_recomputation_is_refused():
+    for options in (dict(remat="blocks"), dict(remat="segments", scan=False)):
+        with pytest.raises(ValueError, match="remat is True, False"):
+            PlainNet(depth=8, **options)
+
+
 def test_stacking_is_the_inverse_of_unstacking(images):
     net = PlainNet(depth=20, width=4, modulation=Policy())
     variables = random_variables(net, images)

@@ -3,7 +3,7 @@
 from configs import cifar10_plain, cifar10_resnet, digits_plain110
 
 # Learning rates to choose from, two or three to a factor of ten.
-LADDER = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
+LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
 def digits(depth, method, steps=300):

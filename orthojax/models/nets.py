@@ -17,7 +17,7 @@ from orthojax.models.blocks import (
     PlainBlock,
     ResidualBlock,
 )
-from orthojax.models.stacking import Stage
+from orthojax.models.stacking import SEGMENTS, Stage
 from orthojax.modulation import Policy, first_link
 
 # Name of an initialiser -> (shape-preserving kernels, kernels that change channels or stride).
@@ -76,14 +76,16 @@ class ConvNet(nn.Module):
       scan: stack each stage's equal blocks and run them by `nn.scan`, which compiles in seconds
         at any depth; False unrolls them. `orthojax.models.stack_blocks` and `unstack_blocks`
         convert the variables.
-      remat: keep only what goes from block to block, and compute the rest again in the backward
-        pass: less memory, more time, the same result.
+      remat: True keeps only what goes from block to block, and computes the rest again in the
+        backward pass: less memory, more time, the same result. "segments" keeps what goes from one
+        to the next of about √n segments of √n blocks, and computes a segment again before its
+        blocks: the memory of a stage grows with the root of its depth. It needs `scan`.
 
     Called with images, float (N, H, W, C), and `train`; returns float32 logits (N, classes).
 
     Raises:
-      ValueError: the depth or the initialiser is unknown; or `modulation` is given to a residual
-        net, while it is defined for a chain of layers.
+      ValueError: the depth, the initialiser or `remat` is unknown; or `modulation` is given to a
+        residual net, while it is defined for a chain of layers.
     """
 
     depth: int
@@ -95,7 +97,7 @@ class ConvNet(nn.Module):
     modulation: Policy | None = None
     dtype: Any = jnp.float32
     scan: bool = True
-    remat: bool = False
+    remat: bool | str = False
 
     block: ClassVar[type[nn.Module]] = PlainBlock
 
@@ -106,6 +108,11 @@ class ConvNet(nn.Module):
                 f"{type(self).__name__} takes no modulation: it is defined between two consecutive "
                 "layers of a chain, and a shortcut gives a layer two neighbours above; leave it "
                 "None"
+            )
+        if self.remat not in (True, False, SEGMENTS) or (self.remat == SEGMENTS and not self.scan):
+            raise ValueError(
+                f"remat={self.remat!r}, scan={self.scan}: remat is True, False, or, where blocks "
+                f'are scanned, "{SEGMENTS}"'
             )
         if self.bn_groups < 1:
             raise ValueError(f"bn_groups={self.bn_groups} is not a positive number of groups")

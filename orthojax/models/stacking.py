@@ -1,5 +1,7 @@
 """Stages of equal blocks, scanned or unrolled, and the variables of one form as the other's."""
 
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +14,7 @@ from orthojax.models.blocks import BlockLayout, LayerSpec
 
 _PREFIX = "block_"
 _SCANNED = "scanned"
+SEGMENTS = "segments"
 
 
 class Stage(nn.Module):
@@ -19,7 +22,8 @@ class Stage(nn.Module):
 
     A block that changes the shape is named `entry`. The others are equal in shape: `block_0`,
     `block_1`, ... when unrolled, one `scanned` with a leading axis when scanned. With `remat` the
-    backward pass computes the inside of each block again.
+    backward pass computes the inside of each block again; with "segments", where scanned, first
+    that of each of about √n segments of √n blocks (Chen et al. 2016, arXiv:1604.06174).
     """
 
     block: type[nn.Module]
@@ -29,11 +33,11 @@ class Stage(nn.Module):
     spec: LayerSpec
     layout: BlockLayout
     scan: bool
-    remat: bool
+    remat: bool | str
 
     def _block(self, name: str, stride: int = 1) -> nn.Module:
         block = self.block
-        if self.remat:
+        if self.remat is True:
             # A scan's two loops keep XLA from merging what is computed twice.
             merged = name != _SCANNED
             block = nn.remat(block, prevent_cse=merged, static_argnums=(2,))  # `train`
@@ -48,6 +52,8 @@ class Stage(nn.Module):
         if not self.scan:
             for index in range(equal):
                 carry = self._block(f"{_PREFIX}{index}")(carry, train)
+        elif equal and self.remat == SEGMENTS and not self.is_initializing():
+            carry = self._segmented(carry, equal, train)
         elif equal:
             scanned = nn.scan(
                 lambda block, carry, _: (block(carry, train), None),
@@ -56,6 +62,33 @@ class Stage(nn.Module):
                 length=equal,
             )
             carry, _ = scanned(self._block(_SCANNED), carry, None)
+        return carry
+
+    def _segmented(self, carry, blocks: int, train: bool):
+        """The scanned blocks as a scan over segments, on the same variables."""
+        variables = {name: tree[_SCANNED] for name, tree in self.variables.items()}
+        block = self.block(self.features, self.spec, 1, self.layout, parent=None)
+
+        def call(carry, variables):
+            carry, updated = block.apply(variables, carry, train, mutable=["batch_stats"])
+            return carry, updated["batch_stats"]
+
+        # A scan's two loops keep XLA from merging what is computed twice.
+        again = functools.partial(jax.checkpoint, prevent_cse=False)
+        segment = again(functools.partial(jax.lax.scan, again(call)))
+        length = math.isqrt(blocks)
+        whole = blocks - blocks % length
+
+        def fold(leaf):
+            return leaf[:whole].reshape(whole // length, length, *leaf.shape[1:])
+
+        carry, statistics = jax.lax.scan(segment, carry, jax.tree.map(fold, variables))
+        statistics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), statistics)
+        if whole < blocks:
+            carry, rest = segment(carry, jax.tree.map(lambda leaf: leaf[whole:], variables))
+            statistics = jax.tree.map(lambda *parts: jnp.concatenate(parts), statistics, rest)
+        if self.is_mutable_collection("batch_stats"):
+            self.put_variable("batch_stats", _SCANNED, statistics)
         return carry
 
 

@@ -1,0 +1,30 @@
+"""What measured figures depend on: the command, the machine, the versions."""
+
+import os
+import pathlib
+import platform
+import sys
+
+
+def environment() -> dict:
+    """As a dictionary of strings and numbers."""
+    import jax
+
+    program = pathlib.Path(sys.argv[0])
+    return {
+        "command": " ".join(["python", f"{program.parent.name}/{program.name}", *sys.argv[1:]]),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "device": jax.devices()[0].device_kind,
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+    }
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")

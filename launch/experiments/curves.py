@@ -1,0 +1,57 @@
+"""The runs behind Figures 2 to 6: each is trained once, whichever figure asks first."""
+
+import dataclasses
+
+from experiments.arms import cifar10
+from orthojax.metrics import read_metrics
+from orthojax.sweep import over_seeds
+
+RATES = {"cpu": 0.02, "full": 0.1}  # of all arms
+TITLES = {
+    "plain44_ortho": "plain-44, orthonormal",
+    "plain44_l2": "plain-44, He and L2",
+    "resnet44_l2": "ResNet-44, He and L2",
+    "resnet110_ortho": "ResNet-110, orthonormal",
+    "resnet110_l2": "ResNet-110, He and L2",
+}
+
+
+def shared(options):
+    """The same options with the directory that all figures' runs are in."""
+    return dataclasses.replace(options, workdir=options.workdir.parent / f"curves_{options.preset}")
+
+
+def config(options, name):
+    """One arm. The plain nets have no modulation, as in section 5.2, but sites that measure."""
+    net, regularizer = name.split("_")
+    depth = int("".join(filter(str.isdigit, net)))
+    plain = cifar10(depth, regularizer, options.preset, options.data_dir)
+    with plain.ignore_type():
+        if net.startswith("plain"):
+            plain.modulation = {"mode": "observe", "decay": 0.0}
+        else:
+            plain.model.name, plain.modulation = "ResNet", None
+        plain.optimizer.learning_rate = RATES[options.preset]
+        cpu = options.preset == "cpu"
+        plain.observe_every, plain.eval_every = (5, 100) if cpu else (50, 1_000)
+    return plain
+
+
+def jobs(options, *names):
+    """Those of the arms with these names, all seeds of each."""
+    place = shared(options)
+    return {
+        name: over_seeds(config(options, name), place.workdir / name, options.seeds)
+        for name in names
+    }
+
+
+def measurements(options, name, kind):
+    """For every seed the records of a kind, `layers` or `test`, of an arm that has been run."""
+    place = shared(options)
+    workdirs = sorted((place.workdir / name).glob("*/metrics.jsonl"))
+    found = [
+        [record for record in read_metrics(path.parent) if record["kind"] == kind]
+        for path in workdirs
+    ]
+    return [records for records in found if records]

@@ -1,0 +1,72 @@
+"""What the reports of all experiments share: records, spread, heading, tables, pictures."""
+
+import json
+import statistics
+
+from environment import environment
+from orthojax.analysis.picture import write_picture
+from orthojax.storage import write_atomic
+
+
+def accuracy(records):
+    """Test accuracy in % with its spread: `98.43 ± 0.16`; a run that diverged counts as 0.
+
+    Example:
+      >>> accuracy([{"test_accuracy": 0.5, "diverged": None}])
+      '50.00'
+    """
+    values = [100 * record["test_accuracy"] for record in records]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    diverged = sum(record["diverged"] is not None for record in records)
+    if diverged == len(records):
+        return "diverged"
+    return f"{statistics.fmean(values):.2f}{spread}" + (f" ({diverged} diverged)" * bool(diverged))
+
+
+def table(headings, rows):
+    """Markdown.
+
+    Example:
+      >>> print(table(["depth", "%"], [[44, "97.1"]]))
+      | depth | % |
+      |---|---|
+      | 44 | 97.1 |
+    """
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(
+        "|" + "|".join(line) + "|" if line[0] == "---" else "| " + " | ".join(map(str, line)) + " |"
+        for line in lines
+    )
+
+
+def write_report(options, title, *paragraphs, pictures=None, records=None):
+    """Writes report.md, records.jsonl and the pictures, each as PNG and SVG, into the workdir.
+
+    Args:
+      options: of `launch/reproduce.py`.
+      title: heading of the report.
+      *paragraphs: Markdown.
+      pictures: name -> matplotlib figure.
+      records: name of an arm -> its records.
+    """
+    workdir = options.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    seeds = ", ".join(map(str, options.seeds))
+    about = "; ".join(f"{name}: {value}" for name, value in environment().items())
+    parts = [f"# {title}", f"{about}; seeds: {seeds}; ± is the standard deviation over them."]
+    for name, picture in (pictures or {}).items():
+        for kind in ("png", "svg"):
+            write_picture(picture, workdir / f"{name}.{kind}")
+        parts.append(f"![{name}]({name}.png)")
+    write_atomic(workdir / "report.md", "\n\n".join([*parts, *paragraphs, ""]).encode())
+    if records is not None:
+        lines = [
+            json.dumps({"arm": _text(arm), **record}, allow_nan=True)
+            for arm, found in records.items()
+            for record in found
+        ]
+        write_atomic(workdir / "records.jsonl", ("\n".join(lines) + "\n").encode())
+
+
+def _text(name):
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else name

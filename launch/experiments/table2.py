@@ -1,0 +1,129 @@
+"""Table 2: one-order methods against orthonormality and modulation, at 44 and 110 layers.
+
+The paper gives all methods one learning rate, 0.1. That column is here, and another in which each
+method has its own. Two rows more: modulation throughout, and near-isometric initialisation.
+"""
+
+from experiments.arms import LADDER, cifar10, digits
+from experiments.report import accuracy, table, write_report
+from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.sweep import over_seeds, tuned
+
+TITLE = "Table 2: one-order methods at 44 and 110 layers"
+DEPTHS = (44, 110)
+SHARED_RATE = 0.1
+
+# Name -> optimizer without its rate, where its own search begins, the paper's figures in %.
+RIVALS = {
+    "Nesterov": ({"name": "sgd", "momentum": 0.9, "nesterov": True}, 0.01, (85.0, 10.18)),
+    "AdaGrad": ({"name": "adagrad"}, 0.01, (77.86, 30.3)),
+    "AdaDelta": ({"name": "adadelta"}, 0.5, (48.73, 25.6)),
+    "Adam": ({"name": "adam"}, 0.001, (39.85, 10.0)),
+    "RMSProp": ({"name": "rmsprop"}, 0.0005, (10.0, 10.0)),
+    "SGD": ({"name": "sgd", "momentum": 0.9}, 0.01, (84.14, 11.83)),
+}
+# Name -> method of the config, whether modulation never stops, the paper's figures.
+OURS = {
+    "paper's method": ("ortho", False, (88.42, 81.6)),
+    "paper's method, modulated throughout": ("ortho", True, (None, 73.5)),
+    "isometric": ("isometric", False, (None, None)),
+}
+
+
+def arms(options):
+    """(method, depth) -> its config and where the search for its rate begins."""
+
+    def config(depth, method):
+        if options.preset == "cpu":
+            return digits(depth, method)
+        return cifar10(depth, method, "full", options.data_dir)
+
+    found = {}
+    for depth in DEPTHS:
+        for name, (optimizer, start, _) in RIVALS.items():
+            rival = config(depth, "l2")
+            rival.optimizer = {**optimizer, "learning_rate": SHARED_RATE}
+            found[name, depth] = rival, start
+        for name, (method, throughout, _) in OURS.items():
+            own = config(depth, method)
+            with own.ignore_type():
+                if throughout:
+                    own.modulation.steps = None
+            own.optimizer.learning_rate = SHARED_RATE
+            found[name, depth] = own, 0.01
+    return found
+
+
+def jobs(options):
+    """Every arm at the shared rate and at its own."""
+    found = {}
+    for (name, depth), (config, start) in arms(options).items():
+        directory = options.workdir / f"{name.replace(' ', '_')}_{depth}"
+        steps = None if options.preset == "cpu" else config.steps // 16
+        found[name, depth, "shared"] = over_seeds(config, directory, options.seeds)
+        found[name, depth, "own"] = tuned(
+            config, directory, options.seeds, rates=LADDER, start=start, search_steps=steps
+        )
+    return found
+
+
+def report(options, results):
+    """The table, and bars."""
+    rows = []
+    papers = {**{n: r[2] for n, r in RIVALS.items()}, **{n: o[2] for n, o in OURS.items()}}
+    for name, paper in papers.items():
+        row = [name]
+        for depth, printed in zip(DEPTHS, paper, strict=True):
+            own = results[name, depth, "own"]
+            row += [
+                "-" if printed is None else f"{printed:g}",
+                accuracy(results[name, depth, "shared"]),
+                f"{accuracy(own)} (at {own[0]['learning_rate']:g})",
+            ]
+        rows.append(row)
+    headings = ["method"]
+    for depth in DEPTHS:
+        headings += [f"{depth} layers: paper, CIFAR-10", f"here, at {SHARED_RATE:g}", "own rate"]
+    where = "the digits, width 8, 300 steps" if options.preset == "cpu" else "CIFAR-10, 64k steps"
+    write_report(
+        options,
+        TITLE,
+        table(headings, rows),
+        f"Test accuracy in %, on {where}. The rivals start from He initialisation and have L2. "
+        "A rate of a method's own is chosen by the training loss of the first seed, from a ladder.",
+        pictures={"table2": draw(results, papers)},
+        records=results,
+    )
+
+
+def draw(results, papers):
+    """Two panels, one for each depth; bars for both rates, the paper's figures as ticks."""
+    picture = new_picture(9, 4)
+    panels = picture.subplots(1, len(DEPTHS), sharey=True)
+    for axes, depth in zip(panels, DEPTHS, strict=True):
+        for place, (name, paper) in enumerate(papers.items()):
+            for shift, kind, colour in ((-0.2, "shared", COLOURS[5]), (0.2, "own", COLOURS[0])):
+                values = [100 * r["test_accuracy"] for r in results[name, depth, kind]]
+                label = {"shared": f"rate {SHARED_RATE:g}", "own": "own rate"}[kind]
+                axes.barh(
+                    place + shift,
+                    sum(values) / len(values),
+                    0.38,
+                    color=colour,
+                    label=None if place else label,
+                )
+                axes.plot(values, [place + shift] * len(values), "k.", markersize=3)
+            printed = paper[DEPTHS.index(depth)]
+            if printed is not None:
+                axes.plot(
+                    [printed] * 2,
+                    [place - 0.45, place + 0.45],
+                    color=COLOURS[1],
+                    label=None if place else "paper, on CIFAR-10",
+                )
+        axes.set(title=f"{depth} layers", xlabel="test accuracy (%)", xlim=(0, 100))
+        axes.set_yticks(range(len(papers)), papers)
+        clear_frame(axes)
+    panels[0].invert_yaxis()
+    panels[0].legend(frameon=False, fontsize=8)
+    return picture
