@@ -80,7 +80,11 @@ def _main(argv, main):
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     logging.set_verbosity(logging.WARNING)
+    return exit_status(main)
 
+
+def exit_status(main):
+    """What `main()` returns, or what went wrong, told in a line; see `run` for the numbers."""
     # Late, so that --help and a mistyped flag answer at once.
     from orthojax.errors import UserError
     from orthojax.interrupt import Interrupted

@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from command_line import keep_compiled_programs
+from command_line import exit_status, keep_compiled_programs
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -53,6 +53,13 @@ def main():
     parser.add_argument("--data_dir", default=os.environ.get("ORTHOJAX_DATA_DIR"))
     parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "reproduce")
     arguments = parser.parse_args()
+    if arguments.seeds < 1:
+        parser.error(f"--seeds={arguments.seeds}: there must be one")
+    return exit_status(lambda: reproduce(arguments))
+
+
+def reproduce(arguments):
+    """Trains what is not trained yet, then writes the reports."""
     wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
 
     from orthojax.sweep import work
@@ -68,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

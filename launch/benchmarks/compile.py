@@ -10,7 +10,7 @@ import time
 
 import jax
 
-from benchmarks.programs import METHOD, experiment
+from benchmarks.programs import METHOD, experiment, lower_on_digits
 from orthojax.analysis.figures import figure, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.programs import lower_train_step
@@ -24,6 +24,9 @@ def measure(rounds: int, depth: int):
     seconds = time_interleaved(
         {depth: functools.partial(_compile, depth) for depth in (depth, 110)}, rounds
     )
+    on_digits = time_interleaved(
+        {d: functools.partial(_compile_on_digits, d) for d in (44, 1004)}, rounds
+    )
     with tempfile.TemporaryDirectory() as place:
         first, second = (_train(place, f"run_{index}") for index in (1, 2))
     return [
@@ -32,6 +35,7 @@ def measure(rounds: int, depth: int):
         ratio(
             f"compile time, plain-110 / plain-{depth}", seconds[110], seconds[depth], at_most=1.5
         ),
+        ratio("compile time, 1,004 layers / 44, digits", on_digits[1004], on_digits[44], at_most=2),
         figure("one step on the digits, empty compilation cache", [first], unit="s"),
         figure("the same for the second time", [second], unit="s", at_most=15),
         figure("train.py --help", [_run("--help") for _ in range(rounds)], unit="s", at_most=2),
@@ -41,6 +45,11 @@ def measure(rounds: int, depth: int):
 def _compile(depth):
     jax.clear_caches()
     lower_train_step(experiment(METHOD, depth)).compile()
+
+
+def _compile_on_digits(depth):
+    jax.clear_caches()
+    lower_on_digits(depth).compile()
 
 
 def _train(place, workdir):

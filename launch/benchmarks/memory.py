@@ -1,6 +1,6 @@
 """Memory of the compiled training step, as XLA allocates it: nothing is run."""
 
-from benchmarks.programs import BASELINE, METHOD, peak_memory, programs
+from benchmarks.programs import BASELINE, METHOD, lower_on_digits, peak_memory, programs
 from orthojax.analysis.figures import figure
 
 
@@ -15,6 +15,8 @@ def measure(rounds: int, depth: int):
         "110": peak_memory(programs(METHOD, 110).compiled_train_step),
         "110, remat": peak_memory(programs(METHOD, 110, remat=True).compiled_train_step),
     }
+    forms = {"none": False, "blocks": True, "segments": "segments"}
+    deep = {n: peak_memory(lower_on_digits(1004, form).compile()) for n, form in forms.items()}
 
     def ratio(name, above, below, **target):
         return figure(name, [held[above] / held[below]], **target)
@@ -26,4 +28,7 @@ def measure(rounds: int, depth: int):
         ratio("memory, with remat / without", "remat", METHOD),
         ratio(f"memory, plain-110 / plain-{depth}", "110", METHOD),
         ratio(f"memory, plain-110 / plain-{depth}, both with remat", "110, remat", "remat"),
+        figure("memory of 1,004 layers, digits", [deep["none"] / 2**20], unit="MiB"),
+        figure("memory of 1,004 layers, with remat / without", [deep["blocks"] / deep["none"]]),
+        figure("memory of 1,004 layers, segments / without", [deep["segments"] / deep["none"]]),
     ]

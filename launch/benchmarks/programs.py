@@ -6,10 +6,11 @@ import sys
 import jax
 import jax.numpy as jnp
 
+from configs import digits_plain110
 from configs.cifar10_plain import get_config
 from orthojax import data
 from orthojax.experiment import build
-from orthojax.programs import compile_programs
+from orthojax.programs import compile_programs, lower_train_step
 
 BATCH = 128
 SIZE = 32
@@ -45,6 +46,15 @@ def programs(variant, depth, **model):
         file=sys.stderr,
     )
     return compiled
+
+
+def lower_on_digits(depth, remat=False):
+    """The training step of `configs/digits_plain110.py` at a depth, ready to compile."""
+    config = digits_plain110.get_config(f"depth={depth}")
+    config.mesh.data = 1
+    with config.ignore_type():
+        config.model.remat = remat
+    return lower_train_step(build(config))
 
 
 def constant_batch(compiled):

@@ -1,8 +1,11 @@
 """What of the recipe matters: one factor at a time, each arm at a learning rate of its own."""
 
 import itertools
+import statistics
 
 from experiments.arms import LADDER, cifar10, digits
+from experiments.report import accuracy, table, write_report
+from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
 from orthojax.isometry import isometric_bias
 from orthojax.sweep import tuned
 
@@ -108,3 +111,51 @@ def jobs(options):
             start=0.01 if dataset == "digits" else 0.02,
         )
     return found
+
+
+def report(options, results):
+    """A table and a picture for each factor of each data set and depth."""
+    parts, pictures, rows = [], {}, {}
+    for (dataset, depth, factor, level), records in results.items():
+        rows.setdefault((dataset, depth, factor), []).append((level, records))
+    for (dataset, depth, factor), levels in rows.items():
+        cells = [
+            [
+                level,
+                accuracy(records),
+                f"{statistics.fmean(record['train_loss'] for record in records):.3f}",
+                f"{records[0]['learning_rate']:g}",
+                len(records),
+            ]
+            for level, records in levels
+        ]
+        headings = [factor, "test accuracy (%)", "training loss", "learning rate", "n"]
+        heading = f"{dataset}, {depth} layers: {factor}"
+        parts += [f"## {heading}", table(headings, cells)]
+        name = f"{dataset}_{depth}_{factor}".replace(" ", "_")
+        pictures[name] = _draw(heading, levels)
+    write_report(
+        options,
+        TITLE,
+        f"{STEPS} steps of 128 images, width 8; the recipe is `method=isometric`. One factor is "
+        "varied at a time, except for BN bias and kernel, which are crossed. Each arm has the "
+        "learning rate with the smallest training loss of the first seed.",
+        *parts,
+        pictures=pictures,
+        records=results,
+    )
+
+
+def _draw(heading, levels):
+    picture = new_picture(6, 0.6 + 0.3 * len(levels))
+    axes = picture.subplots()
+    for place, (_, records) in enumerate(levels):
+        values = [100 * record["test_accuracy"] for record in records]
+        axes.barh(place, statistics.fmean(values), color=COLOURS[5])
+        axes.plot(values, [place] * len(values), "k.", markersize=4)
+    axes.set_yticks(range(len(levels)), [level for level, _ in levels])
+    axes.set(xlabel="test accuracy (%)", xlim=(0, 100))
+    axes.set_title(heading, fontsize=10)
+    axes.invert_yaxis()
+    clear_frame(axes)
+    return picture
