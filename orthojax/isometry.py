@@ -11,6 +11,11 @@ error pass, and the batch normalization above it divides by the standard deviati
 lets through of :math:`N(\beta, 1)`. Without a bias that is :math:`\pi / (\pi - 1) = 1.467` (Yang et
 al. 2019, arXiv:1902.08129); it falls to 1 as the bias grows and the ReLU becomes linear. The bias
 is not in Xie et al. (2017), whose nets start at zero.
+
+Layers that change the shape are no exception: if the columns of their kernel are orthonormal, the
+norm of the error grows as elsewhere. (Its second moment, a mean over elements, changes besides as
+their number does: by 1/2 where a stride of 2 doubles the channels.) At the first layer, whose input
+is the image and not what a ReLU let through, the growth is :math:`\Phi(\beta)`.
 """
 
 import math

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from orthojax import Policy, read
+from orthojax.analysis.growth import log_growth
 from orthojax.errors import ConfigError
 from orthojax.isometry import error_growth, isometric_bias
 from orthojax.linen import MOMENTS
@@ -78,3 +79,23 @@ def test_a_net_at_initialisation_grows_as_the_theory_says():
 
     for bias in (0.0, 0.5, 1.0, 2.0):
         assert float(growth(bias)) == pytest.approx(error_growth(bias), rel=0.03)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_layers_that_change_the_shape_and_the_first_are_in_the_theory():
+    """Second moments, per element: see the module's docstring; padding loses some taps."""
+    images = jax.random.normal(jax.random.key(5), (64, 16, 16, 3))
+    net = PlainNet(depth=14, width=32, num_classes=10, kernel_init="delta_orthonormal")
+    grow = jax.jit(lambda key, bias: log_growth(net.clone(bn_bias=bias), key, images))
+    first_entry, second_entry = 4, 8  # from the last convolution of a stage to the next's first
+    for bias in (0.0, 1.0):
+        found = np.mean([np.exp(grow(jax.random.key(seed), bias)) for seed in range(3)], axis=0)
+        passed = math.erfc(-bias / math.sqrt(2)) / 2
+        # "SAME" padding of images of size n at stride 2 lets one row of taps in 3/2 n fall outside.
+        expected = {
+            0: passed / (1 - 2 / (3 * 16)) ** 2,
+            first_entry: error_growth(bias) / 2 * (1 - 2 / (3 * 16)) ** 2,
+            second_entry: error_growth(bias) / 2 * (1 - 2 / (3 * 8)) ** 2,
+        }
+        for layer, value in expected.items():
+            assert found[layer] == pytest.approx(value, rel=0.08), (bias, layer)

@@ -7,9 +7,15 @@ from orthojax.metrics import read_metrics
 from orthojax.sweep import over_seeds
 
 RATES = {"cpu": 0.02, "full": 0.1}  # of all arms
+# Orthonormal against L2: the paper's is 110 layers deep.
+RESNETS = {
+    "cpu": ("resnet44_ortho", "resnet44_l2"),
+    "full": ("resnet110_ortho", "resnet110_l2"),
+}
 TITLES = {
     "plain44_ortho": "plain-44, orthonormal",
     "plain44_l2": "plain-44, He and L2",
+    "resnet44_ortho": "ResNet-44, orthonormal",
     "resnet44_l2": "ResNet-44, He and L2",
     "resnet110_ortho": "ResNet-110, orthonormal",
     "resnet110_l2": "ResNet-110, He and L2",

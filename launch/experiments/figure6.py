@@ -7,19 +7,18 @@ from orthojax.analysis.filters import draw_filters
 from orthojax.ortho import mean_correlation
 
 TITLE = "Figure 6: first-layer filters"
-ARMS = ("resnet110_l2", "resnet110_ortho")
 
 
 def jobs(options):
-    """Two residual nets of 110 layers on CIFAR-10; the paper's are of 34 on ImageNet."""
-    return curves.jobs(options, *ARMS)
+    """Two residual nets on CIFAR-10; the paper's are of 34 layers on ImageNet."""
+    return curves.jobs(options, *curves.RESNETS[options.preset])
 
 
 def report(options, results):
     """The filters of the first seed, and how alike they are."""
     place = curves.shared(options)
     kernels, rows = {}, []
-    for name in ARMS:
+    for name in curves.RESNETS[options.preset]:
         workdir = sorted((place.workdir / name).glob("*/record.json"))[0].parent
         kernels[curves.TITLES[name]] = kernel = first_kernel(workdir)
         value = mean_correlation({"kernel": kernel}, diagonal=False, absolute=True)
