@@ -17,18 +17,22 @@ SIZE = 32
 
 BASELINE = "SGD + L2"
 METHOD = "SGD + ortho + modulation"
-VARIANTS = {  # name -> regularizer, modulation
-    BASELINE: ("l2", False),
-    "SGD + ortho": ("ortho", False),
-    "SGD + L2 + modulation": ("l2", True),
-    METHOD: ("ortho", True),
+OBSERVED = "SGD + L2, observed"
+VARIANTS = {  # name -> regularizer, mode of modulation
+    BASELINE: ("l2", None),
+    "SGD + ortho": ("ortho", None),
+    "SGD + L2 + modulation": ("l2", "running"),
+    METHOD: ("ortho", "running"),
+    OBSERVED: ("l2", "observe"),
 }
 
 
 def experiment(variant, depth, **model):
     """A plain net on CIFAR-10 without its images; `model` overrides keys of that section."""
-    regularizer, modulated = VARIANTS[variant]
-    config = get_config(f"depth={depth},method={'ortho' if modulated else 'l2'}")
+    regularizer, mode = VARIANTS[variant]
+    config = get_config(f"depth={depth},method={'ortho' if mode else 'l2'}")
+    if mode:
+        config.modulation.mode = mode
     config.regularizer = {"name": regularizer, "coefficient": 1e-4}
     config.mesh.data = 1
     config.model.update(model)
@@ -64,8 +68,8 @@ def constant_batch(compiled):
     return compiled.put({"image": image.astype(jnp.uint8), "label": label})
 
 
-def make_step(compiled, next_batch=None):
-    """A function that makes one training step and waits for it."""
+def make_step(compiled, next_batch=None, observe=None):
+    """A function that makes one training step and waits for it, and for `observe` of the state."""
     state = [compiled.init()]
     if next_batch is None:
         batch = constant_batch(compiled)
@@ -74,6 +78,8 @@ def make_step(compiled, next_batch=None):
     def step():
         state[0], metrics = compiled.train_step(state[0], next_batch())
         jax.block_until_ready(metrics)
+        if observe is not None:
+            jax.device_get(observe(state[0].params, state[0].moments))
 
     return step
 

@@ -7,10 +7,11 @@ import sys
 import jax
 import optax
 
-from benchmarks.programs import BASELINE, BATCH, METHOD, VARIANTS, make_step, programs
+from benchmarks.programs import BASELINE, BATCH, METHOD, OBSERVED, VARIANTS, make_step, programs
 from orthojax import optax_ortho
 from orthojax.analysis.figures import figure, ratio
 from orthojax.analysis.timing import time_interleaved
+from orthojax.observe import observe
 
 UNROLLED = "unrolled"
 PYTORCH = "PyTorch"
@@ -19,6 +20,7 @@ PYTORCH = "PyTorch"
 def measure(rounds: int, depth: int):
     """Figures of the training step."""
     steps = {name: make_step(programs(name, depth)) for name in VARIANTS}
+    steps[OBSERVED] = make_step(programs(OBSERVED, depth), observe=jax.jit(observe))
     steps["regularizer"] = _regularizer(programs(BASELINE, depth))
     steps[UNROLLED] = make_step(programs(BASELINE, depth, scan=False))
     if importlib.util.find_spec("torch"):
@@ -43,6 +45,7 @@ def measure(rounds: int, depth: int):
         relative("step time, ortho + modulation / L2", METHOD, BASELINE, at_most=1.05),
         relative("step time, ortho / L2", "SGD + ortho", BASELINE),
         relative("step time, L2 + modulation / L2", "SGD + L2 + modulation", BASELINE),
+        relative("step time, observed at every step / L2", OBSERVED, BASELINE, at_most=1.1),
         relative("regularizer alone / step", "regularizer", BASELINE, at_most=0.01),
         relative("step time, scanned / unrolled", BASELINE, UNROLLED, at_most=1.15),
     ]
