@@ -45,12 +45,12 @@ def fill(shape):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Metrics of the same run, watched and not."""
+    """Metrics of the same run on four devices, watched and not."""
     found = []
     for every in (0, 3):
         config = digits_plain110.get_config("depth=14,steps=7")
         config.model.width, config.batch_size, config.observe_every = 4, 32, every
-        config.log_every, config.mesh.data = 1, 1
+        config.log_every, config.mesh = 1, {"data": 2, "fsdp": 2}
         workdir = tmp_path_factory.mktemp("run") / "run"
         train_and_evaluate(config, workdir)
         found.append(read_metrics(workdir))

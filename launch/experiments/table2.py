@@ -59,7 +59,7 @@ def jobs(options):
     found = {}
     for (name, depth), (config, start) in arms(options).items():
         directory = options.workdir / f"{name.replace(' ', '_')}_{depth}"
-        steps = None if options.preset == "cpu" else config.steps // 16
+        steps = config.steps // (2 if options.preset == "cpu" else 16)
         found[name, depth, "shared"] = over_seeds(config, directory, options.seeds)
         found[name, depth, "own"] = tuned(
             config, directory, options.seeds, rates=LADDER, start=start, search_steps=steps
