@@ -53,8 +53,8 @@ def report(options, results):
         table(["data", "layers", "plain, isometric", "residual, He + L2", "gap", "n"], rows),
         "Test accuracy in %, and plain minus residual. Each arm at the learning rate with the "
         "smallest training loss, on a ladder of two or three to a factor of ten; on CIFAR-10 the "
-        "search takes runs of a quarter of the length (of half for ResNet-110, which after a quarter "
-        f"has not begun to learn). Preset `{options.preset}`.",
+        "search takes runs of a quarter of the length (of half for ResNet-110, which has not begun "
+        f"to learn after a quarter). Preset `{options.preset}`.",
         pictures={"gap": _draw(results, pairs)},
         records=results,
     )
