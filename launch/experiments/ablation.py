@@ -7,10 +7,11 @@ from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
 from orthojax.isometry import isometric_bias
-from orthojax.sweep import tuned
+from orthojax.sweep import over_seeds, tuned
 
 TITLE = "What matters: one factor at a time"
 STEPS = 150
+HIGH_RATE = 0.02
 
 # (data set, depth) -> the factors that are varied there; cost decides.
 BENCHES = {
@@ -87,18 +88,41 @@ def arms(options):
             recipe.steps = recipe.eval_every = recipe.checkpoint_every = STEPS
         for factor in factors:
             for level, changes in FACTORS[factor](recipe):
-                config = recipe.copy_and_resolve_references()
-                with config.ignore_type():
-                    for key, value in changes.items():
-                        section, _, name = key.rpartition(".")
-                        (config[section] if section else config)[name] = value
-                found[dataset, depth, factor, level] = config
+                found[dataset, depth, factor, level] = changed(recipe, changes)
     return found
+
+
+def at_a_high_rate(options):
+    """Modulation at 110 layers at four times the rate that is best there, every seed."""
+    levels = {
+        "always": ("recipe", {}),
+        "off": ("rest=modulation_off", {"modulation": None}),
+        "first 10 %": ("first", {"modulation.steps": STEPS // 10}),
+        "direct": ("rest=modulation_direct", {"modulation.mode": "direct"}),
+    }
+    found = {}
+    for level, (name, changes) in levels.items():
+        config = changed(digits(110, "isometric", STEPS), changes)
+        config.optimizer.learning_rate = HIGH_RATE
+        directory = options.workdir / "digits_110" / name
+        factor = f"modulation at rate {HIGH_RATE:g}"
+        found["digits", 110, factor, level] = over_seeds(config, directory, options.seeds)
+    return found
+
+
+def changed(recipe, changes):
+    """A copy of a config with `section.key` -> value set."""
+    config = recipe.copy_and_resolve_references()
+    with config.ignore_type():
+        for key, value in changes.items():
+            section, _, name = key.rpartition(".")
+            (config[section] if section else config)[name] = value
+    return config
 
 
 def jobs(options):
     """Equal levels of different factors are one run, in one directory."""
-    found = {}
+    found = at_a_high_rate(options)
     for (dataset, depth, factor, level), config in arms(options).items():
         recipe = level in ("always", "recipe", "ortho 0.0001")
         name = "recipe" if recipe else f"{factor}={level}".replace(" ", "_")
