@@ -79,6 +79,9 @@ def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options
     names = list(experiment.jobs(options))
     results = {name: [record(0, 0.5), record(1, 0.54)] for name in names}
     results[names[1]] = [record(0, diverged="at step 3"), record(1, diverged="at step 4")]
+    searched = options.workdir / "arm" / "search"
+    searched.mkdir(parents=True)
+    (searched / "record.json").write_text(json.dumps(record()))
     experiment.report(options, results)
     text = (options.workdir / "report.md").read_text()
     assert text.count("52.00 ± 2.83") >= len(names) - 1 and "diverged" in text
@@ -86,7 +89,7 @@ def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options
         path = options.workdir / picture.partition("(")[2].rstrip(")")
         assert path.read_bytes().startswith(b"\x89PNG") and path.with_suffix(".svg").exists()
     lines = (options.workdir / "records.jsonl").read_text().splitlines()
-    assert len([json.loads(line) for line in lines]) == 2 * len(names)
+    assert [json.loads(line) for line in lines] == [{"run": "arm/search", **record()}]
 
 
 @pytest.mark.parametrize("experiment", [figure2, figure3, figure4, figure5])

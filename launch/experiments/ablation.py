@@ -166,7 +166,6 @@ def report(options, results):
         "learning rate with the smallest training loss of the first seed.",
         *parts,
         pictures=pictures,
-        records=results,
     )
 
 

@@ -105,5 +105,5 @@ def report(options, results):
         "What grows with the batch is the share of the directions that keep their length, "
         "`1 - 2/m`.",
         pictures={"appendix": picture},
-        records=found,
+        records=[record for records in found.values() for record in records],
     )

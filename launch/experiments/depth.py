@@ -43,7 +43,6 @@ def report(options, results):
         f"300 steps of 128 images, width 8, n = {len(options.seeds)}. The learning rate is the one "
         f"with the smallest training loss after {SEARCH_STEPS} steps.",
         pictures={"depth": _draw(results)},
-        records=results,
     )
 
 

@@ -43,5 +43,5 @@ def report(options, results):
         "have the sum of their columns over the number of pairs, 0.041 for 16, 32 and 64 channels "
         "and 0.077 for 8, 16 and 32: 0.006 must have been measured without the diagonal.",
         pictures={"figure2": picture},
-        records=results,
+        runs=curves.shared(options).workdir,
     )

@@ -39,7 +39,7 @@ def report(options, results):
         "Of the error at the outputs of the first and the last convolution. The paper: less than 1 "
         "but for the first iterations, and ten times larger with orthonormality.",
         pictures={"figure3": picture},
-        records=results,
+        runs=curves.shared(options).workdir,
     )
 
 

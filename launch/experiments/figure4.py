@@ -38,5 +38,5 @@ def report(options, results):
         table(["net", "step", "first layer", "middle layer"], rows),
         "The first seed. The paper's profile settles after 2,000 to 3,000 of 64,000 steps.",
         pictures={"figure4": picture},
-        records=results,
+        runs=curves.shared(options).workdir,
     )

@@ -44,5 +44,5 @@ def report(options, results):
         "`launch/train.py --config=configs/imagenet_resnet.py:depth=34,method=ortho`, and 101, "
         "`l2`, and `launch/compare_runs.py`.",
         pictures={"figure5": picture},
-        records=results,
+        runs=curves.shared(options).workdir,
     )

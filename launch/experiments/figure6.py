@@ -33,5 +33,5 @@ def report(options, results):
         table(["net", "mean absolute cosine between filters"], rows),
         "The paper shows 7×7 filters of ResNet-34 on ImageNet: train "
         "`configs/imagenet_resnet.py:method=l2` and `method=ortho`, then `launch/draw_filters.py`.",
-        records=results,
+        runs=curves.shared(options).workdir,
     )

@@ -56,7 +56,6 @@ def report(options, results):
         "search takes runs of a quarter of the length (of half for ResNet-110, which has not begun "
         f"to learn after a quarter). Preset `{options.preset}`.",
         pictures={"gap": _draw(results, pairs)},
-        records=results,
     )
 
 

@@ -6,6 +6,7 @@ import statistics
 from environment import environment
 from orthojax.analysis.picture import write_picture
 from orthojax.storage import write_atomic
+from orthojax.sweep import RECORD
 
 
 def accuracy(records):
@@ -39,7 +40,7 @@ def table(headings, rows):
     )
 
 
-def write_report(options, title, *paragraphs, pictures=None, records=None):
+def write_report(options, title, *paragraphs, pictures=None, records=None, runs=None):
     """Writes report.md, records.jsonl and the pictures, each as PNG and SVG, into the workdir.
 
     Args:
@@ -47,7 +48,9 @@ def write_report(options, title, *paragraphs, pictures=None, records=None):
       title: heading of the report.
       *paragraphs: Markdown.
       pictures: name -> matplotlib figure.
-      records: name of an arm -> its records.
+      records: dictionaries, of what trains nothing; None is the records of all runs, those of
+        searches too.
+      runs: the directory that the runs are in; None is the workdir.
     """
     workdir = options.workdir
     workdir.mkdir(parents=True, exist_ok=True)
@@ -59,14 +62,11 @@ def write_report(options, title, *paragraphs, pictures=None, records=None):
             write_picture(picture, workdir / f"{name}.{kind}")
         parts.append(f"![{name}]({name}.png)")
     write_atomic(workdir / "report.md", "\n\n".join([*parts, *paragraphs, ""]).encode())
-    if records is not None:
-        lines = [
-            json.dumps({"arm": _text(arm), **record}, allow_nan=True)
-            for arm, found in records.items()
-            for record in found
+    if records is None:
+        paths = sorted((runs or workdir).rglob(RECORD))
+        records = [
+            {"run": str(path.parent.relative_to(runs or workdir)), **json.loads(path.read_text())}
+            for path in paths
         ]
-        write_atomic(workdir / "records.jsonl", ("\n".join(lines) + "\n").encode())
-
-
-def _text(name):
-    return ", ".join(map(str, name)) if isinstance(name, tuple) else name
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomic(workdir / "records.jsonl", lines.encode())

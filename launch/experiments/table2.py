@@ -92,7 +92,6 @@ def report(options, results):
         f"Test accuracy in %, on {where}. The rivals start from He initialisation and have L2. "
         "A rate of a method's own is chosen by the training loss of the first seed, from a ladder.",
         pictures={"table2": draw(results, papers)},
-        records=results,
     )
 
 

@@ -59,10 +59,11 @@ def report(options, results):
         "the three that change the number of channels; `orthonormal`: Gram-Schmidt. The theory "
         "holds for isometric kernels, wide nets and large batches.",
         pictures={"theory": _draw(options, measured)},
-        records={
-            name: [{"seed": s, "log_growth": v} for s, v in zip(options.seeds, found, strict=True)]
-            for name, found in measured.items()
-        },
+        records=[
+            {"depth": depth, "kernel": kernel, "bias": bias, "seed": seed, "log_growth": value}
+            for (depth, kernel, bias), values in measured.items()
+            for seed, value in zip(options.seeds, values, strict=True)
+        ],
     )
 
 
