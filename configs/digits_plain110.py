@@ -27,6 +27,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "kernel_init": "delta_orthonormal",
                 "bn_bias": round(isometric_bias(args.depth - 1, ERROR_GROWTH), 2),
                 "scan": True,
+                "remat": "none",
             },
             "modulation": {
                 "mode": "running",

@@ -61,7 +61,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "kernel_init": "orthonormal",
                 "bn_bias": 0.0,
                 "scan": True,
-                "remat": False,
+                "remat": "none",
             },
             "modulation": {
                 "mode": "running",

@@ -214,7 +214,7 @@ def test_multiply_adds_by_xla():
 
 def test_summary_does_not_depend_on_the_form_of_the_net():
     expected = str(orthojax.describe_net(ImageNetResNet(depth=50), IMAGE))
-    for form in (dict(scan=False), dict(remat=True), dict(dtype=jnp.bfloat16)):
+    for form in (dict(scan=False), dict(remat="blocks"), dict(dtype=jnp.bfloat16)):
         assert str(orthojax.describe_net(ImageNetResNet(depth=50, **form), IMAGE)) == expected
     assert expected.splitlines()[-2].split()[0] == "total"
     lines = str(orthojax.describe_net(PlainNet(depth=110), (32, 32, 3))).splitlines()
@@ -297,7 +297,7 @@ def test_a_stage_of_bottlenecks_is_one_function_in_all_its_forms(block, bottlene
         spec=LayerSpec(init, init, policy=policy),
         layout=BOTTLENECKS[bottleneck],
         scan=True,
-        remat=False,
+        remat="none",
     )
     carry = jax.random.normal(jax.random.key(1), (4, 16, 16, 8)), orthojax.first_link()
     variables = variables_of(scanned, carry)
@@ -306,7 +306,7 @@ def test_a_stage_of_bottlenecks_is_one_function_in_all_its_forms(block, bottlene
     unrolled = scanned.clone(scan=False)
     expected = value_and_gradients(unrolled, unstack_blocks(variables), carry)
     assert_same((unstack_blocks(gradients), unstack_blocks(others)), expected)
-    again = value_and_gradients(scanned.clone(remat=True), variables, carry)
+    again = value_and_gradients(scanned.clone(remat="blocks"), variables, carry)
     assert_same((gradients, others), again)
 
 

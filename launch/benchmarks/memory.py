@@ -2,6 +2,7 @@
 
 from benchmarks.programs import BASELINE, METHOD, lower_on_digits, peak_memory, programs
 from orthojax.analysis.figures import figure
+from orthojax.models.stacking import REMATS
 
 
 def measure(rounds: int, depth: int):
@@ -11,12 +12,11 @@ def measure(rounds: int, depth: int):
         BASELINE: peak_memory(programs(BASELINE, depth).compiled_train_step),
         METHOD: peak_memory(programs(METHOD, depth).compiled_train_step),
         "unrolled": peak_memory(programs(BASELINE, depth, scan=False).compiled_train_step),
-        "remat": peak_memory(programs(METHOD, depth, remat=True).compiled_train_step),
+        "remat": peak_memory(programs(METHOD, depth, remat="blocks").compiled_train_step),
         "110": peak_memory(programs(METHOD, 110).compiled_train_step),
-        "110, remat": peak_memory(programs(METHOD, 110, remat=True).compiled_train_step),
+        "110, remat": peak_memory(programs(METHOD, 110, remat="blocks").compiled_train_step),
     }
-    forms = {"none": False, "blocks": True, "segments": "segments"}
-    deep = {n: peak_memory(lower_on_digits(1004, form).compile()) for n, form in forms.items()}
+    deep = {remat: peak_memory(lower_on_digits(1004, remat).compile()) for remat in REMATS}
 
     def ratio(name, above, below, **target):
         return figure(name, [held[above] / held[below]], **target)

@@ -52,12 +52,11 @@ def programs(variant, depth, **model):
     return compiled
 
 
-def lower_on_digits(depth, remat=False):
+def lower_on_digits(depth, remat="none"):
     """The training step of `configs/digits_plain110.py` at a depth, ready to compile."""
     config = digits_plain110.get_config(f"depth={depth}")
     config.mesh.data = 1
-    with config.ignore_type():
-        config.model.remat = remat
+    config.model.remat = remat
     return lower_train_step(build(config))
 
 

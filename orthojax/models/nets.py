@@ -17,7 +17,7 @@ from orthojax.models.blocks import (
     PlainBlock,
     ResidualBlock,
 )
-from orthojax.models.stacking import SEGMENTS, Stage
+from orthojax.models.stacking import REMATS, Stage
 from orthojax.modulation import Policy, first_link
 
 # Name of an initialiser -> (shape-preserving kernels, kernels that change channels or stride).
@@ -76,10 +76,10 @@ class ConvNet(nn.Module):
       scan: stack each stage's equal blocks and run them by `nn.scan`, which compiles in seconds
         at any depth; False unrolls them. `orthojax.models.stack_blocks` and `unstack_blocks`
         convert the variables.
-      remat: True keeps only what goes from block to block, and computes the rest again in the
-        backward pass: less memory, more time, the same result. "segments" keeps what goes from one
-        to the next of about √n segments of √n blocks, and computes a segment again before its
-        blocks: the memory of a stage grows with the root of its depth. It needs `scan`.
+      remat: what the backward pass computes again, for less memory, in more time, with the same
+        result: "none"; "blocks", all but what goes from block to block; or "segments", all but
+        what goes from one to the next of about √n segments of √n blocks, a segment before its
+        blocks, so that the memory of a stage grows with the root of its depth (needs `scan`).
 
     Called with images, float (N, H, W, C), and `train`; returns float32 logits (N, classes).
 
@@ -97,7 +97,7 @@ class ConvNet(nn.Module):
     modulation: Policy | None = None
     dtype: Any = jnp.float32
     scan: bool = True
-    remat: bool | str = False
+    remat: str = "none"
 
     block: ClassVar[type[nn.Module]] = PlainBlock
 
@@ -109,10 +109,10 @@ class ConvNet(nn.Module):
                 "layers of a chain, and a shortcut gives a layer two neighbours above; leave it "
                 "None"
             )
-        if self.remat not in (True, False, SEGMENTS) or (self.remat == SEGMENTS and not self.scan):
+        if self.remat not in REMATS or (self.remat == "segments" and not self.scan):
             raise ValueError(
-                f"remat={self.remat!r}, scan={self.scan}: remat is True, False, or, where blocks "
-                f'are scanned, "{SEGMENTS}"'
+                f"remat={self.remat!r}, scan={self.scan}: remat is one of {', '.join(REMATS)}; "
+                "segments are of scanned blocks"
             )
         if self.bn_groups < 1:
             raise ValueError(f"bn_groups={self.bn_groups} is not a positive number of groups")

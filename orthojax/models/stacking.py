@@ -14,16 +14,17 @@ from orthojax.models.blocks import BlockLayout, LayerSpec
 
 _PREFIX = "block_"
 _SCANNED = "scanned"
-SEGMENTS = "segments"
+REMATS = ("none", "blocks", "segments")
 
 
 class Stage(nn.Module):
     """n blocks at one width; the first changes the shape if there is something to change.
 
     A block that changes the shape is named `entry`. The others are equal in shape: `block_0`,
-    `block_1`, ... when unrolled, one `scanned` with a leading axis when scanned. With `remat` the
-    backward pass computes the inside of each block again; with "segments", where scanned, first
-    that of each of about √n segments of √n blocks (Chen et al. 2016, arXiv:1604.06174).
+    `block_1`, ... when unrolled, one `scanned` with a leading axis when scanned. With `remat`
+    "blocks" the backward pass computes the inside of each block again; with "segments", where
+    scanned, first that of each of about √n segments of √n blocks (Chen et al. 2016,
+    arXiv:1604.06174).
     """
 
     block: type[nn.Module]
@@ -33,11 +34,11 @@ class Stage(nn.Module):
     spec: LayerSpec
     layout: BlockLayout
     scan: bool
-    remat: bool | str
+    remat: str
 
     def _block(self, name: str, stride: int = 1) -> nn.Module:
         block = self.block
-        if self.remat is True:
+        if self.remat == "blocks":
             # A scan's two loops keep XLA from merging what is computed twice.
             merged = name != _SCANNED
             block = nn.remat(block, prevent_cse=merged, static_argnums=(2,))  # `train`
@@ -52,7 +53,7 @@ class Stage(nn.Module):
         if not self.scan:
             for index in range(equal):
                 carry = self._block(f"{_PREFIX}{index}")(carry, train)
-        elif equal and self.remat == SEGMENTS and not self.is_initializing():
+        elif equal and self.remat == "segments" and not self.is_initializing():
             carry = self._segmented(carry, equal, train)
         elif equal:
             scanned = nn.scan(
