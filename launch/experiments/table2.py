@@ -124,5 +124,5 @@ def draw(results, papers):
         axes.set_yticks(range(len(papers)), papers)
         clear_frame(axes)
     panels[0].invert_yaxis()
-    panels[0].legend(frameon=False, fontsize=8)
+    panels[1].legend(frameon=False, fontsize=8, loc="center")
     return picture
