@@ -234,7 +234,8 @@ def test_pod_training_is_attached_to_while_it_runs(host):
     place.behave("python3", f'{wait}; echo "loss 1.5"')
     first = place.start("bash", "-c", command, cwd=place.home)
     deadline = time.monotonic() + 20
-    while "python3" not in [call[0] for call in place.calls()]:
+    started = place.home / "orthojax" / "train.pid"
+    while "python3" not in [call[0] for call in place.calls()] or not started.exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.killpg(first.pid, signal.SIGHUP)  # the connection is lost
