@@ -17,7 +17,7 @@ def panels(options):
 
 def jobs(options):
     """Four or five nets on CIFAR-10."""
-    return curves.jobs(options, *{name: 0 for names in panels(options).values() for name in names})
+    return curves.jobs(options, *dict.fromkeys(sum(panels(options).values(), ())))
 
 
 def report(options, results):
