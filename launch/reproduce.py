@@ -5,7 +5,7 @@ python launch/reproduce.py gap --seeds=3 --data_dir=DIR      # DIR with a prepar
 python launch/reproduce.py all --preset=full                 # the paper's protocol
 
 Start the same command several times to use more cores or machines; interrupt it anywhere and start
-it again to go on.
+it again to go on. `--resume` does that alone: it is an error where nothing was started.
 """
 
 import argparse
@@ -52,6 +52,9 @@ def main():
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--data_dir", default=os.environ.get("ORTHOJAX_DATA_DIR"))
     parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "reproduce")
+    parser.add_argument(
+        "--resume", action="store_true", help="only go on with what is in the workdir"
+    )
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds={arguments.seeds}: there must be one")
@@ -60,9 +63,15 @@ def main():
 
 def reproduce(arguments):
     """Trains what is not trained yet, then writes the reports."""
-    wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
-
+    from orthojax.errors import WorkdirError
     from orthojax.sweep import work
+
+    wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
+    if arguments.resume and not any(arguments.workdir.glob(f"*_{arguments.preset}")):
+        raise WorkdirError(
+            f"--resume: {arguments.workdir} holds no experiment of the preset "
+            f"`{arguments.preset}`; choose its --workdir, or leave --resume out to start"
+        )
 
     for name in wanted:
         experiment = importlib.import_module(f"experiments.{name}")

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from orthojax.errors import DivergenceError, WorkdirBusyError
 from orthojax.metrics import read_metrics
 from orthojax.train import train_and_evaluate
-from orthojax.workdir import write_json_atomic
+from orthojax.workdir import check_config, write_json_atomic
 
 RECORD = "record.json"
 POLL_SECONDS = 2.0  # between looks at what other processes are training
@@ -53,12 +53,14 @@ def train_once(run: Run) -> Record:
 
     Raises:
       WorkdirBusyError: another process is training it.
+      WorkdirError: its directory holds the run of another config.
       UserError: see `orthojax.train.train_and_evaluate`.
     """
     path = run.workdir / RECORD
     if not path.exists():
         run.workdir.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, _train(run))
+    check_config(run.workdir, run.config)
     record = json.loads(path.read_text())
     if record["train_loss"] is None:
         record["train_loss"] = math.inf

@@ -22,6 +22,9 @@ _PACKAGES = (
     *("orthojax", "jax", "jaxlib", "flax", "optax"),
     *("orbax-checkpoint", "tensorflow-datasets", "numpy"),
 )
+CONFIG = "config.json"
+# Beginnings of the keys that no result depends on.
+_WITHOUT_EFFECT = ("mesh.", "dataset.data_dir:", "dataset.workers:")
 # What a process killed inside `claim` may leave behind before config.json exists.
 _BEGINNINGS = {"lock", ".config.json.tmp"}
 _held_locks: dict[tuple[int, int], int] = {}
@@ -32,8 +35,9 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
 
     A new or empty directory receives `config.json` (the resolved config) and `environment.json`
     (a list with one entry for each start of the run: versions, devices, seed, command line).
-    Where `config.json` holds an equal config the run is being resumed; the section `mesh` may
-    differ, because the results do not depend on it. The directory is locked as long as the process
+    Where `config.json` holds an equal config the run is being resumed; the section `mesh` and
+    where and by how many workers the data is read may differ, because the results do not depend
+    on them. The directory is locked as long as the process
     lives; the operating system frees the lock even after `kill -9`. (In an object store there are
     no locks: there, starting one run at a time is the user's part.)
     Of several JAX processes the first one alone may call this.
@@ -57,24 +61,45 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
     _open_directory(workdir)
     if not is_remote(workdir):
         _lock(workdir)
-    saved_config = workdir / "config.json"
-    if saved_config.exists():
-        changes = [
-            line
-            for line in differences(_read_json(saved_config), config)
-            if not line.startswith("mesh.")
-        ]
-        if changes:
-            raise WorkdirError(
-                f"{workdir} holds a run of another config (there -> here):\n  "
-                + "\n  ".join(changes)
-                + "\nChoose another --workdir, or run with the config that is there."
-            )
+    if (workdir / CONFIG).exists():
+        check_config(workdir, config)
     else:
-        write_json_atomic(saved_config, config)
+        write_json_atomic(workdir / CONFIG, config)
     saved_environment = workdir / "environment.json"
     starts = _read_json(saved_environment) if saved_environment.exists() else []
     write_json_atomic(saved_environment, [*starts, _environment(config)])
+
+
+def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
+    """Compares the config of the run in `workdir` with another; see `claim` for what may differ.
+
+    Raises:
+      WorkdirError: they differ, or there is no run; the message names every key that does.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = pathlib.Path(tempfile.mkdtemp(), "run")
+      >>> claim(workdir, {"seed": 0, "mesh": {"data": 1}})
+      >>> check_config(workdir, {"seed": 0, "mesh": {"data": 2}})
+      >>> check_config(workdir, {"seed": 1})
+      Traceback (most recent call last):
+      ...
+      orthojax.errors.WorkdirError: ...: 0 -> 1...
+    """
+    saved = to_path(workdir) / CONFIG
+    if not saved.exists():
+        raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)")
+    changes = [
+        line
+        for line in differences(_read_json(saved), to_json(config))
+        if not line.startswith(_WITHOUT_EFFECT)
+    ]
+    if changes:
+        raise WorkdirError(
+            f"{workdir} holds a run of another config (there -> here):\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another --workdir, or run with the config that is there."
+        )
 
 
 def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
@@ -105,7 +130,7 @@ def _open_directory(workdir: Any) -> None:
         ) from None
     except PermissionError as error:
         raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
-    if "config.json" not in names and names - _BEGINNINGS:
+    if CONFIG not in names and names - _BEGINNINGS:
         raise WorkdirError(
             f"{workdir} is not empty and holds no run (there is no config.json in it); choose a "
             "new or empty --workdir"

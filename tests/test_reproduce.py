@@ -31,6 +31,7 @@ from experiments import (  # noqa: E402
     figure3,
     figure4,
     figure5,
+    figure6,
     gap,
     table2,
 )
@@ -59,6 +60,50 @@ def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
         # One directory, one config.
         assert workdirs.setdefault(run.workdir, run.config.to_json()) == run.config.to_json(), name
     assert len(jobs) > 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_nets_of_the_figures_can_be_built_those_on_imagenet_too(preset, options):
+    options = dataclasses.replace(options, preset=preset)
+    shapes = set()
+    for name in curves.TITLES:
+        config = curves.config(options, name)
+        build(config, load=data.stand_in)
+        shapes.add((config.dataset.name, config.model.depth))
+    assert shapes >= {("cifar10", 44), ("imagenet2012", 34), ("imagenet2012", 101)}
+
+
+@pytest.fixture(params=["imagenet", "without imagenet"])
+def reason(request, monkeypatch):
+    """What the figures are told of ImageNet."""
+    told = "not prepared in DIR" if request.param.startswith("without") else None
+    monkeypatch.setattr(curves, "without_imagenet", lambda options: told)
+    return told
+
+
+def test_the_panel_of_imagenet_is_left_out_where_that_is_not_prepared(reason, options):
+    for experiment in (figure5, figure6):
+        arms = {name.split("_")[0] for name in experiment.jobs(options)}
+        assert ("imagenet34" in arms) == (reason is None)
+
+
+def test_missing_photographs_are_named(options):
+    options = dataclasses.replace(options, data_dir=str(options.workdir))
+    assert "imagenet2012" in curves.without_imagenet(options)
+
+
+def test_filters_are_drawn_for_each_data_set(reason, options, monkeypatch):
+    for name in curves.TITLES:
+        directory = curves.shared(options).workdir / name / "seed0"
+        directory.mkdir(parents=True)
+        (directory / "record.json").write_text(json.dumps(record()))
+    kernel = np.random.default_rng(0).normal(size=(7, 7, 3, 16))
+    monkeypatch.setattr(figure6, "first_kernel", lambda workdir: kernel)
+    figure6.report(options, dict.fromkeys(figure6.jobs(options), [record()]))
+    text = (options.workdir / "report.md").read_text()
+    assert (reason or "ResNet-34, orthonormal") in text
+    drawn = {path.name for path in options.workdir.glob("figure6_*.png")}
+    assert drawn == {"figure6_cifar10.png"} | ({"figure6_imagenet.png"} if not reason else set())
 
 
 def record(seed=0, accuracy=0.5, diverged=None):
@@ -93,7 +138,7 @@ def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options
 
 
 @pytest.mark.parametrize("experiment", [figure2, figure3, figure4, figure5])
-def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options):
+def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options, reason):
     place = curves.shared(options)
     for name in curves.TITLES:
         for seed in options.seeds:
@@ -105,6 +150,7 @@ def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options):
                     kinds = dict.fromkeys(figure2.KINDS, 0.25)
                     writer.write(step, "layers", second_moment=moments, **kinds)
                     writer.write(step, "test", accuracy=step / 1000)
+                    writer.write(step, "train", loss=1.0)
     results = {name: [record(0), record(1)] for name in curves.TITLES}
     experiment.report(options, results)
     text = (options.workdir / "report.md").read_text()
@@ -115,6 +161,8 @@ def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options):
         figure5: "50.00 ± 0.00",
     }
     assert expected[experiment] in text
+    if experiment is figure5:
+        assert ("ResNet-101, He and L2" in text) == (reason is None) and (reason or "") in text
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -169,6 +217,13 @@ def test_an_experiment_by_one_command(tmp_path):
     text = (tmp_path / "appendix_cpu" / "report.md").read_text()
     assert "command: python launch/reproduce.py appendix --seeds=2" in text
     assert len((tmp_path / "appendix_cpu" / "records.jsonl").read_text().splitlines()) == 16
+
+
+def test_there_must_be_something_to_resume(tmp_path):
+    done = run("appendix", "--resume", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and str(tmp_path) in done.stderr and not list(tmp_path.iterdir())
+    (tmp_path / "appendix_cpu").mkdir()
+    assert run("appendix", "--resume", f"--workdir={tmp_path}").returncode == 0
 
 
 def test_a_missing_data_set_is_an_error_in_one_line(tmp_path):

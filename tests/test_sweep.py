@@ -11,8 +11,9 @@ import pytest
 
 from configs import digits_plain110
 from orthojax import sweep
-from orthojax.errors import DivergenceError, WorkdirBusyError
+from orthojax.errors import DivergenceError, WorkdirBusyError, WorkdirError
 from orthojax.metrics import MetricWriter
+from orthojax.workdir import claim
 
 ROOT = pathlib.Path(__file__).parent.parent
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -30,7 +31,7 @@ def trained(monkeypatch):
     def train(config, workdir):
         runs.append((config.optimizer.learning_rate, config.steps, config.seed))
         loss = runs.loss(config.optimizer.learning_rate)
-        workdir.mkdir(parents=True)
+        claim(workdir, config)
         if math.isnan(loss):
             raise DivergenceError("training diverged at step 3")
         with MetricWriter(workdir) as writer:
@@ -88,6 +89,17 @@ def test_nothing_is_trained_twice(trained, tmp_path):
     first = search(tmp_path)
     count = len(trained)
     assert search(tmp_path) == first and len(trained) == count
+
+
+def test_what_was_trained_with_another_config_is_refused(trained, tmp_path):
+    job = sweep.over_seeds(config(), tmp_path, (0,))
+    sweep.work({"arm": job}, stream=io.StringIO())
+    moved, other = config(), config()
+    moved.dataset.data_dir, other.model.bn_bias = "elsewhere", 0.5
+    sweep.work({"arm": sweep.over_seeds(moved, tmp_path, (0,))}, stream=io.StringIO())
+    with pytest.raises(WorkdirError, match=r"model\.bn_bias: .* -> 0\.5"):
+        sweep.work({"arm": sweep.over_seeds(other, tmp_path, (0,))}, stream=io.StringIO())
+    assert len(trained) == 1
 
 
 def test_what_another_process_trains_is_waited_for_and_others_go_first(

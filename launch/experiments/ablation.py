@@ -12,11 +12,15 @@ TITLE = "What matters: one factor at a time"
 STEPS = 150
 HIGH_RATE = 0.02
 
-# (data set, depth) -> the factors that are varied there; cost decides.
+# (data set, depth) -> where the search for a rate begins, and the factors; cost decides which.
 BENCHES = {
-    ("digits", 44): ("bias", "regularizer", "modulation"),
-    ("digits", 110): ("bias", "rest"),
-    ("cifar10", 44): ("bias alone", "rest"),
+    ("digits", 20): (0.02, ("bias alone", "rest")),
+    ("digits", 44): (0.01, ("bias", "regularizer", "modulation")),
+    ("digits", 110): (0.01, ("bias", "rest")),
+    ("digits", 302): (0.002, ("extremes",)),
+    ("cifar10", 44): (0.02, ("bias alone", "rest")),
+    ("cifar10", 110): (0.005, ("extremes",)),
+    ("cifar10_32x32", 44): (0.02, ("extremes",)),
 }
 
 
@@ -66,28 +70,33 @@ def rest(config):
     yield "modulation direct", {"modulation.mode": "direct"}
 
 
+def extremes(config):
+    """The recipe without each of its parts, where a run is dear."""
+    del config
+    yield "recipe", {}
+    yield "bias 0", {"model.bn_bias": 0.0}
+    yield "no regularizer", {"regularizer": {"name": "none"}}
+    yield "modulation off", {"modulation": None}
+
+
 FACTORS = {
     "bias": bias_and_kernel,
     "regularizer": regularizer,
     "modulation": modulation,
     "bias alone": bias_alone,
     "rest": rest,
+    "extremes": extremes,
 }
 
 
-def arms(options):
-    """(data set, depth, factor, level) -> config; the recipe itself stands in every factor."""
-    found = {}
-    for (dataset, depth), factors in BENCHES.items():
-        if dataset == "digits":
-            recipe = digits(depth, "isometric", STEPS)
-        else:
-            recipe = cifar10(depth, "isometric", "cpu", options.data_dir)
-            recipe.steps = recipe.eval_every = recipe.checkpoint_every = STEPS
-        for factor in factors:
-            for level, changes in FACTORS[factor](recipe):
-                found[dataset, depth, factor, level] = changed(recipe, changes)
-    return found
+def the_recipe(options, dataset, depth):
+    """The config that the arms of a data set and depth are changes of."""
+    if dataset == "digits":
+        return digits(depth, "isometric", STEPS)
+    config = cifar10(depth, "isometric", "cpu", options.data_dir)
+    config.steps = config.eval_every = config.checkpoint_every = STEPS
+    config.dataset.downsample = 1 if dataset == "cifar10_32x32" else 2
+    return config
 
 
 def at_a_high_rate(options):
@@ -119,19 +128,19 @@ def changed(recipe, changes):
 
 
 def jobs(options):
-    """Equal levels of different factors are one run, in one directory."""
+    """(data set, depth, factor, level) -> job; the recipe is a level of every factor, run once."""
     found = at_a_high_rate(options)
-    for (dataset, depth, factor, level), config in arms(options).items():
-        recipe = level in ("always", "recipe", "ortho 0.0001")
-        name = "recipe" if recipe else f"{factor}={level}".replace(" ", "_")
-        seeds = options.seeds if dataset == "digits" else options.seeds[:1]
-        found[dataset, depth, factor, level] = tuned(
-            config,
-            options.workdir / f"{dataset}_{depth}" / name,
-            seeds,
-            rates=LADDER,
-            start=0.01 if dataset == "digits" else 0.02,
-        )
+    for (dataset, depth), (start, factors) in BENCHES.items():
+        recipe = the_recipe(options, dataset, depth)
+        for factor in factors:
+            for level, changes in FACTORS[factor](recipe):
+                config = changed(recipe, changes)
+                name = f"{factor}={level}".replace(" ", "_")
+                name = "recipe" if config.to_json() == recipe.to_json() else name
+                directory = options.workdir / f"{dataset}_{depth}" / name
+                found[dataset, depth, factor, level] = tuned(
+                    config, directory, options.seeds, rates=LADDER, start=start
+                )
     return found
 
 

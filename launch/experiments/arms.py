@@ -1,6 +1,6 @@
 """The configs that the experiments compare, of two data sets and one schedule each."""
 
-from configs import cifar10_plain, cifar10_resnet, digits_plain110
+from configs import cifar10_plain, cifar10_resnet, digits_plain110, imagenet_resnet
 
 # Learning rates to choose from, two or three to a factor of ten.
 LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -38,5 +38,18 @@ def cifar10(depth, method, preset, data_dir=None):
     if preset == "cpu":
         config.model.width = 8
         config.eval_every = config.checkpoint_every = 300
+        config.mesh.data = 1
+    return config
+
+
+def imagenet(depth, method, preset, data_dir=None):
+    """A residual net on ImageNet: the paper's protocol, or width 16 and 150 steps of 20 images."""
+    mini = "mini" if preset == "cpu" else preset
+    config = imagenet_resnet.get_config(f"depth={depth},method={method},preset={mini}")
+    config.dataset.data_dir = data_dir
+    if preset == "cpu":
+        config.model.width = 16
+        config.steps = config.eval_every = 150
+        config.checkpoint_every = 50
         config.mesh.data = 1
     return config

@@ -2,7 +2,9 @@
 
 import dataclasses
 
-from experiments.arms import cifar10
+from experiments.arms import cifar10, imagenet
+from orthojax import data
+from orthojax.errors import DatasetError
 from orthojax.metrics import read_metrics
 from orthojax.sweep import over_seeds
 
@@ -19,7 +21,12 @@ TITLES = {
     "resnet44_l2": "ResNet-44, He and L2",
     "resnet110_ortho": "ResNet-110, orthonormal",
     "resnet110_l2": "ResNet-110, He and L2",
+    "imagenet34_ortho": "ResNet-34, orthonormal",
+    "imagenet34_l2": "ResNet-34, He and L2",
+    "imagenet101_ortho": "ResNet-101, orthonormal",
+    "imagenet101_l2": "ResNet-101, He and L2",
 }
+IMAGENET = tuple(name for name in TITLES if name.startswith("imagenet"))
 
 
 def shared(options):
@@ -27,10 +34,21 @@ def shared(options):
     return dataclasses.replace(options, workdir=options.workdir.parent / f"curves_{options.preset}")
 
 
+def without_imagenet(options):
+    """Why ImageNet cannot be trained on here, or None: no program can download it."""
+    try:
+        data.load("imagenet2012", options.data_dir)
+    except DatasetError as error:
+        return str(error)
+    return None
+
+
 def config(options, name):
     """One arm. The plain nets have no modulation, as in section 5.2, but sites that measure."""
     net, regularizer = name.split("_")
     depth = int("".join(filter(str.isdigit, net)))
+    if name in IMAGENET:
+        return imagenet(depth, regularizer, options.preset, options.data_dir)
     plain = cifar10(depth, regularizer, options.preset, options.data_dir)
     with plain.ignore_type():
         if net.startswith("plain"):

@@ -9,29 +9,43 @@ from orthojax.ortho import mean_correlation
 TITLE = "Figure 6: first-layer filters"
 
 
+def pairs(options):
+    """Data set -> two arms; ImageNet, which the paper has, only where that is prepared."""
+    found = {}
+    if curves.without_imagenet(options) is None:
+        found["imagenet"] = ("imagenet34_l2", "imagenet34_ortho")
+    found["cifar10"] = tuple(reversed(curves.RESNETS[options.preset]))
+    return found
+
+
 def jobs(options):
-    """Two residual nets on CIFAR-10; the paper's are of 34 layers on ImageNet."""
-    return curves.jobs(options, *curves.RESNETS[options.preset])
+    """Two residual nets for each data set."""
+    return curves.jobs(options, *sum(pairs(options).values(), ()))
 
 
 def report(options, results):
     """The filters of the first seed, and how alike they are."""
     place = curves.shared(options)
-    kernels, rows = {}, []
-    for name in curves.RESNETS[options.preset]:
-        workdir = sorted((place.workdir / name).glob("*/record.json"))[0].parent
-        kernels[curves.TITLES[name]] = kernel = first_kernel(workdir)
-        value = mean_correlation({"kernel": kernel}, diagonal=False, absolute=True)
-        rows.append([curves.TITLES[name], f"{float(value):.3f}"])
+    pictures, rows = [], []
     options.workdir.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "svg"):
-        draw_filters(kernels, options.workdir / f"figure6.{kind}")
+    for dataset, names in pairs(options).items():
+        kernels = {}
+        for name in names:
+            workdir = sorted((place.workdir / name).glob("*/record.json"))[0].parent
+            kernels[curves.TITLES[name]] = kernel = first_kernel(workdir)
+            value = mean_correlation({"kernel": kernel}, diagonal=False, absolute=True)
+            size = "×".join(map(str, kernel.shape[:2]))
+            rows.append([dataset, size, kernel.shape[3], curves.TITLES[name], f"{value:.3f}"])
+        for kind in ("png", "svg"):
+            draw_filters(kernels, options.workdir / f"figure6_{dataset}.{kind}")
+        pictures.append(f"![{dataset}](figure6_{dataset}.png)")
+    missing = curves.without_imagenet(options)
+    about = "The paper shows 64 filters of 7×7 of ResNet-34, trained on ImageNet."
     write_report(
         options,
         TITLE,
-        "![figure6](figure6.png)",
-        table(["net", "mean absolute cosine between filters"], rows),
-        "The paper shows 7×7 filters of ResNet-34 on ImageNet: train "
-        "`configs/imagenet_resnet.py:method=l2` and `method=ortho`, then `launch/draw_filters.py`.",
-        runs=curves.shared(options).workdir,
+        *pictures,
+        table(["data", "filters", "n", "net", "mean absolute cosine between filters"], rows),
+        about if missing is None else f"{about} ImageNet is left out here: {missing}",
+        runs=place.workdir,
     )
