@@ -4,7 +4,7 @@ import itertools
 import statistics
 
 from experiments.arms import LADDER, cifar10, digits
-from experiments.report import accuracy, table, write_report
+from experiments.report import accuracy, save_picture, table, write_report
 from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
 from orthojax.sweep import over_seeds, tuned
 
@@ -71,10 +71,11 @@ def rest(config):
 
 
 def extremes(config):
-    """The recipe without each of its parts, where a run is dear."""
+    """The recipe, without each of its parts, and with a bias of 2: where a run is dear."""
     del config
     yield "recipe", {}
     yield "bias 0", {"model.bn_bias": 0.0}
+    yield "bias 2", {"model.bn_bias": 2.0}
     yield "no regularizer", {"regularizer": {"name": "none"}}
     yield "modulation off", {"modulation": None}
 
@@ -146,7 +147,7 @@ def jobs(options):
 
 def report(options, results):
     """A table and a picture for each factor of each data set and depth."""
-    parts, pictures, rows = [], {}, {}
+    parts, rows = [], {}
     for (dataset, depth, factor, level), records in results.items():
         rows.setdefault((dataset, depth, factor), []).append((level, records))
     for (dataset, depth, factor), levels in rows.items():
@@ -162,9 +163,9 @@ def report(options, results):
         ]
         headings = [factor, "test accuracy (%)", "training loss", "learning rate", "n"]
         heading = f"{dataset}, {depth} layers: {factor}"
-        parts += [f"## {heading}", table(headings, cells)]
         name = f"{dataset}_{depth}_{factor}".replace(" ", "_")
-        pictures[name] = _draw(heading, levels)
+        picture = save_picture(options, name, _draw(heading, levels))
+        parts += [f"## {heading}", table(headings, cells), picture]
     write_report(
         options,
         TITLE,
@@ -172,7 +173,6 @@ def report(options, results):
         "varied at a time, except for BN bias and kernel, which are crossed. Each arm has the "
         "learning rate with the smallest training loss of the first seed.",
         *parts,
-        pictures=pictures,
     )
 
 

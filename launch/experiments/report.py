@@ -40,6 +40,14 @@ def table(headings, rows):
     )
 
 
+def save_picture(options, name, picture):
+    """Writes a matplotlib figure as PNG and SVG into the workdir; returns the Markdown of it."""
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    for kind in ("png", "svg"):
+        write_picture(picture, options.workdir / f"{name}.{kind}")
+    return f"![{name}]({name}.png)"
+
+
 def write_report(options, title, *paragraphs, pictures=None, records=None, runs=None):
     """Writes report.md, records.jsonl and the pictures, each as PNG and SVG, into the workdir.
 
@@ -47,7 +55,7 @@ def write_report(options, title, *paragraphs, pictures=None, records=None, runs=
       options: of `launch/reproduce.py`.
       title: heading of the report.
       *paragraphs: Markdown.
-      pictures: name -> matplotlib figure.
+      pictures: name -> matplotlib figure; they come before the paragraphs.
       records: dictionaries, of what trains nothing; None is the records of all runs, those of
         searches too.
       runs: the directory that the runs are in; None is the workdir.
@@ -57,10 +65,7 @@ def write_report(options, title, *paragraphs, pictures=None, records=None, runs=
     seeds = ", ".join(map(str, options.seeds))
     about = "; ".join(f"{name}: {value}" for name, value in environment().items())
     parts = [f"# {title}", f"{about}; seeds: {seeds}; ± is the standard deviation over them."]
-    for name, picture in (pictures or {}).items():
-        for kind in ("png", "svg"):
-            write_picture(picture, workdir / f"{name}.{kind}")
-        parts.append(f"![{name}]({name}.png)")
+    parts += [save_picture(options, *named) for named in (pictures or {}).items()]
     write_atomic(workdir / "report.md", "\n\n".join([*parts, *paragraphs, ""]).encode())
     if records is None:
         paths = sorted((runs or workdir).rglob(RECORD))
