@@ -20,7 +20,6 @@ BENCHES = {
     ("digits", 302): (0.002, ("extremes",)),
     ("cifar10", 44): (0.02, ("bias alone", "rest")),
     ("cifar10", 110): (0.005, ("extremes",)),
-    ("cifar10_32x32", 44): (0.02, ("extremes",)),
 }
 
 
@@ -96,7 +95,6 @@ def the_recipe(options, dataset, depth):
         return digits(depth, "isometric", STEPS)
     config = cifar10(depth, "isometric", "cpu", options.data_dir)
     config.steps = config.eval_every = config.checkpoint_every = STEPS
-    config.dataset.downsample = 1 if dataset == "cifar10_32x32" else 2
     return config
 
 
