@@ -62,8 +62,8 @@ def _about_imagenet(options):
         return f"The paper's third panel, ImageNet, is left out: {missing}"
     if options.preset == "cpu":
         return (
-            "ImageNet: width 16, 64×64 crops, 150 steps of 20 images, which shows that it runs. "
-            "The panel has the training loss (ln 1,000 is 6.9): of photographs that are 20 to a "
-            "step, as of a set of a few hundred, no accuracy is learned."
+            "ImageNet: width 16, 64×64 crops, 150 steps of 20 images, which shows that it runs and "
+            "no more. The panel has the training loss (ln 1,000 is 6.9); so few images teach "
+            "nothing about others, and the test accuracy is chance."
         )
     return "ImageNet: the paper's protocol."
