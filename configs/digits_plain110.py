@@ -6,9 +6,6 @@ from ml_collections.config_dict import placeholder
 from orthojax.config import parse_arguments
 from orthojax.isometry import isometric_bias
 
-# Of the squared error from the top to the bottom at initialisation: a bias of 2 at 110 layers.
-ERROR_GROWTH = 6.8
-
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """`depth` (110): 6n + 2 layers; `steps` (300): number of updates."""
@@ -25,7 +22,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "depth": args.depth,
                 "width": 8,
                 "kernel_init": "delta_orthonormal",
-                "bn_bias": round(isometric_bias(args.depth - 1, ERROR_GROWTH), 2),
+                "bn_bias": round(isometric_bias(args.depth - 1), 2),
                 "scan": True,
                 "remat": "none",
             },

@@ -9,7 +9,7 @@ quarters of the run, coefficient 1e-4. It does not say how long a run is; `epoch
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs.cifar10_plain import ERROR_GROWTH, MODULATED_FRACTION
+from configs.cifar10_plain import MODULATED_FRACTION
 from orthojax.config import parse_arguments
 from orthojax.isometry import isometric_bias
 
@@ -89,11 +89,11 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     )
     if args.method == "isometric":
         config.model.kernel_init = "delta_orthonormal"
-        config.model.bn_bias = round(isometric_bias(args.depth - 1, ERROR_GROWTH), 2)
+        config.model.bn_bias = round(isometric_bias(args.depth - 1), 2)
         with config.ignore_type():
             config.modulation.steps = None
         if not mini:
-            config.optimizer.learning_rate = 0.02  # as on CIFAR-10; not tuned on ImageNet
+            config.optimizer.learning_rate = 0.02  # not tuned
     elif args.method == "l2":
         config.model.kernel_init = "he"
         config.modulation = None

@@ -11,6 +11,8 @@ from orthojax.sweep import over_seeds, tuned
 TITLE = "What matters: one factor at a time"
 STEPS = 150
 HIGH_RATE = 0.02
+# A growth of 130, where the search began; that of the configs, which came out of it, is 6.8.
+CIFAR10_BIAS = {44: 1.0, 110: 1.55}
 
 # (data set, depth) -> where the search for a rate begins, and the factors; cost decides which.
 BENCHES = {
@@ -95,6 +97,7 @@ def the_recipe(options, dataset, depth):
         return digits(depth, "isometric", STEPS)
     config = cifar10(depth, "isometric", "cpu", options.data_dir)
     config.steps = config.eval_every = config.checkpoint_every = STEPS
+    config.model.bn_bias = CIFAR10_BIAS[depth]
     return config
 
 

@@ -23,7 +23,12 @@ def jobs(options):
                 steps *= 2  # after as many as the others take it has not begun to learn
             directory = options.workdir / f"cifar10_{method}{depth}"
             found[f"cifar10,{method},{depth}"] = tuned(
-                config, directory, options.seeds, rates=LADDER, start=0.02, search_steps=steps
+                config,
+                directory,
+                options.seeds,
+                rates=LADDER,
+                start=config.optimizer.learning_rate,
+                search_steps=steps,
             )
     for depth in DEPTHS:
         for method in METHODS:
