@@ -1,4 +1,4 @@
-"""The configs that the experiments compare, of two data sets and one schedule each."""
+"""The configs that the experiments compare, of three data sets and one schedule each."""
 
 from configs import cifar10_plain, cifar10_resnet, digits_plain110, imagenet_resnet
 

@@ -1,6 +1,7 @@
 """The runs behind Figures 2 to 6: each is trained once, whichever figure asks first."""
 
 import dataclasses
+import functools
 
 from experiments.arms import cifar10, imagenet
 from orthojax import data
@@ -34,6 +35,7 @@ def shared(options):
     return dataclasses.replace(options, workdir=options.workdir.parent / f"curves_{options.preset}")
 
 
+@functools.cache  # one answer for the jobs and the report
 def without_imagenet(options):
     """Why ImageNet cannot be trained on here, or None: no program can download it."""
     try:
