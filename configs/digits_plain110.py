@@ -27,12 +27,10 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "remat": "none",
             },
             "modulation": {
-                "mode": "running",
                 "decay": 0.9,
-                "tolerance": 0.1,
-                "max_scale": 10.0,
+                "tolerance": 10.0,
                 "steps": placeholder(float),  # None: always
-                "settle": 0.0,
+                "until": 1.0,
             },
             "regularizer": {"name": "ortho", "coefficient": 1e-4},
             "optimizer": {"name": "sgd", "learning_rate": 0.005, "momentum": 0.9},

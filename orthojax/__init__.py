@@ -2,15 +2,7 @@
 
 from orthojax.describe import describe
 from orthojax.initializers import delta_orthonormal, orthonormal
-from orthojax.modulation import (
-    Moments,
-    Policy,
-    calibrate,
-    first_link,
-    init_state,
-    modulate,
-    read,
-)
+from orthojax.modulation import init_site, modulate, modulation
 from orthojax.ortho import (
     decoupled_ortho,
     mean_correlation,
@@ -24,23 +16,19 @@ from orthojax.ortho import (
 __version__ = "0.1.0"
 
 __all__ = [
-    "Moments",
-    "Policy",
-    "calibrate",
     "decoupled_ortho",
     "delta_orthonormal",
     "describe",
     "describe_net",
-    "first_link",
-    "init_state",
+    "init_site",
     "modulate",
+    "modulation",
     "mean_correlation",
     "optax_ortho",
     "ortho_penalty",
     "orthonormality_error",
     "orthonormal",
     "project_orthonormal",
-    "read",
     "views",
 ]
 

@@ -14,7 +14,7 @@ from orthojax import data
 from orthojax.config import bind
 from orthojax.errors import ConfigError
 from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, ResNet
-from orthojax.modulation import Policy
+from orthojax.modulation import modulation
 from orthojax.optimizers import bind_named, make_optimizer
 from orthojax.sharding import batch_sharding, make_mesh
 
@@ -30,7 +30,7 @@ class Settings:
       dataset: `name` and the arguments of what loads that set, `orthojax.data.dataset.load` into
         memory or `orthojax.data.streamed.load` from disk.
       model: `name`, a class of `orthojax.models`, and the arguments of that class.
-      modulation: None, or the arguments of `orthojax.Policy`; `steps` may be None for always.
+      modulation: None, or the arguments of `orthojax.modulation`; None is that argument's default.
       optimizer: see `orthojax.optimizers.make_optimizer`.
       schedule: see there.
       regularizer: see there.
@@ -122,12 +122,6 @@ class Experiment:
         """Regularizer and optimizer, chained, with numbers that may be traced."""
         return _optimizer_and_schedule(self.settings, self.mesh, numbers)[0]
 
-    @property
-    def modulated(self) -> bool:
-        """Whether there are modulation sites that rescale anything."""
-        policy = self.net.modulation
-        return policy is not None and policy.mode != "observe"
-
 
 def build(
     config: Mapping,
@@ -169,22 +163,22 @@ def _optimizer_and_schedule(settings: Settings, mesh: Mesh, numbers: Numbers | N
         optimizer["learning_rate"] = numbers.learning_rate
         if "coefficient" in regularizer:
             regularizer["coefficient"] = numbers.coefficient
-    return make_optimizer(
+    made, schedule = make_optimizer(
         optimizer=optimizer,
         schedule=settings.schedule,
         regularizer=regularizer,
         steps=settings.steps,
         mesh=mesh,
     )
+    if settings.modulation is not None:
+        given = {k: v for k, v in dict(settings.modulation).items() if v is not None}
+        made = _explained("modulation", lambda: bind(modulation, given, "modulation", inner=made))
+    return made, schedule
 
 
 def _make_net(settings: Settings) -> nn.Module:
-    policy = None
-    if settings.modulation is not None:
-        numbers = {k: v for k, v in dict(settings.modulation).items() if v is not None}
-        policy = _explained("modulation", lambda: bind(Policy, numbers, "modulation"))
     dtype = _explained("dtype", lambda: np.dtype(jax.numpy.dtype(settings.dtype)))
-    supplied = {"modulation": policy, "dtype": dtype, "num_classes": 1}
+    supplied = {"modulated": settings.modulation is not None, "dtype": dtype, "num_classes": 1}
     return _explained("model", lambda: bind_named(MODELS, settings.model, "model", **supplied))
 
 

@@ -1,348 +1,362 @@
-r"""Modulation: backward rescaling of the error by running second moments.
+r"""Modulation: the backward pass keeps the second moment of the error near one reference.
 
-Xie, Xiong and Pu (CVPR 2017, sections 3.3 and 4) rescale the error on its way down between two
-consecutive parametric layers. With :math:`q^l = E[(\delta^l)^2]`, the mean over batch, space and
-channels of the squared cotangent at the output of parametric layer :math:`l`, the cotangent that
-leaves layer :math:`l` is multiplied by
+Xie, Xiong and Pu (CVPR 2017, sections 3.3 and 4) rescale the error on its way down a deep net.
+With :math:`q = E[\delta^2]`, the mean over batch, space and channels of the squared cotangent at
+the output of a parametric layer, and :math:`\bar q` that of the topmost layer,
 
-.. math:: \rho^l = \sqrt{q^{l+1} / q^l},
+.. math:: \delta \leftarrow \rho\,\delta, \qquad
+          \rho = \sqrt{\mathrm{clip}(q,\ \bar q / T,\ \bar q\, T) / q},
 
-where :math:`q^{l+1}` is what the layer above handed down. A *site* is one such place, one per
-parametric layer. Its forward pass is the identity. Its backward pass multiplies the cotangent by
-a scalar taken from the site's *state* and returns, as the "cotangent" of that state, the *new
-state* with this step's moments averaged in. So a training step needs no second pass, and no
-:math:`\rho` waits for a moment of the same step (nor, on several devices, for its reduction).
+so that the error is never more than `T` times, or less than one `T`-th of, what enters at the top.
+Two pieces do that:
 
-Two neighbouring moments are needed at one site. They are brought together by a scalar, the
-*link*, that is threaded through the forward pass beside the activations: its value means
-nothing, and its cotangent carries the second moment that the site above hands down. That is the
-*running* moment out of that site's state, known before the step began: so nothing of this step
-travels from site to site, and a loop over layers carries nothing that would first have to be
-reduced over devices. The link starts as :func:`first_link`; the topmost site, whose link nobody
-consumes, sees a zero and is the reference (:math:`\rho = 1`).
+* a *site* (:func:`modulate`) behind a layer: the identity forwards, `ρ·δ` backwards. It holds the
+  two bounds and nothing else; the moment is that of the very cotangent that arrives. The
+  "gradient" of a site is what it measured.
+* an optax transformation (:func:`modulation`) around any optimizer. It takes the measured moments
+  out of the gradients, keeps the running moment :math:`\bar q`, and sets the bounds of all sites.
 
-This file is plain JAX; `orthojax.linen.Modulation` is the Flax module.
+Sites know nothing of each other, so chains, branches, shortcuts, scans, rematerialization and
+layers that are used twice need nothing special.
 """
 
-import dataclasses
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-MODES = ("running", "direct", "observe")
+#: A parameter is a site if this is its name, in whichever framework.
+SITE = "modulation_site"
 
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["decay", "tolerance", "max_scale", "steps", "settle"],
-    meta_fields=["mode"],
-)
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    r"""When and how strongly a site rescales the cotangent.
-
-    A pytree: every number may be a Python float (a constant of the compiled program) or a traced
-    float32 scalar (changed without recompilation). That modulation switches off after `steps` or
-    once settled is decided from the state, so it never recompiles either.
-
-    Attributes:
-      decay: decay of the running second moments, in [0, 1). The average is a plain mean until
-        `1 / (1 - decay)` steps have been measured, so that it has no start-up bias.
-      tolerance: a pair is rescaled only where `max(r, 1/r) > 1 + tolerance`, with
-        :math:`r = q^{l+1} / q^l`. The paper rescales "only when the magnitudes mismatch" and
-        gives no number.
-      max_scale: :math:`\rho` is clipped to `[1 / max_scale, max_scale]`.
-      steps: modulate during the first `steps` updates only; infinity is always. The paper found
-        81.6% with a switch-off against 73.5% without one and gives no number.
-      settle: switch a site off for good once the running mean of the change of
-        :math:`\log r` from one step to the next falls under this, :math:`r` being the ratio of
-        the running moments (in direct mode, of this step's); 0 is never. (The profile of Fig. 4
-        settles after 2,000 to 3,000 iterations.)
-      mode: `"running"` takes :math:`\rho` from the running moments; `"direct"` from this step's
-        (on several devices its backward pass then waits for one reduction per site);
-        `"observe"` measures and leaves the cotangent alone. Static.
-
-    Example:
-      >>> Policy(steps=2000.0).mode
-      'running'
-      >>> Policy(mode="sideways")
-      Traceback (most recent call last):
-      ...
-      ValueError: Policy.mode is 'sideways'; it must be one of running, direct, observe
-    """
-
-    decay: Any = 0.9
-    tolerance: Any = 0.1
-    max_scale: Any = 10.0
-    steps: Any = float("inf")
-    settle: Any = 0.0
-    mode: str = "running"
-
-    def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"Policy.mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
-        _check(self.decay, "decay", lambda v: 0 <= v < 1, "in [0, 1)")
-        _check(self.tolerance, "tolerance", lambda v: v >= 0, "at least 0")
-        _check(self.max_scale, "max_scale", lambda v: v >= 1, "at least 1")
-        _check(self.steps, "steps", lambda v: v >= 0, "at least 0")
-        _check(self.settle, "settle", lambda v: v >= 0, "at least 0")
+# A site without bounds stops the error only short of overflow: at a root mean square of
+# max ** (1/4) of its dtype (4e9 in float32 and bfloat16, 16 in float16), far above any sane one.
+_CEILING_EXPONENT = 0.25
+_SITE_DTYPES = ("float32", "bfloat16", "float64")
 
 
-def _check(value, name, holds, expected):
-    # Only Python numbers can be looked at: traced values and tree placeholders pass through.
-    if isinstance(value, int | float) and not holds(value):
-        raise ValueError(f"Policy.{name} is {value}; it must be {expected}")
-
-
-class Moments(NamedTuple):
-    r"""What the state of a site holds, unpacked: float32, each of the state's leading shape.
-
-    Attributes:
-      second_moment: running mean of the squared cotangent that arrived, :math:`q^l`.
-      handed_down: running mean of the squared cotangent that left,
-        :math:`(\rho^l)^2 q^l`: what the site below compares its own moment with.
-      log_ratio: :math:`\log r`, the :math:`r = q^{l+1} / q^l` that the last pass found; 0 where
-        it found none (at the top, and in the first pass).
-      scale: the :math:`\rho` that the last pass applied.
-      drift: running mean of the change of `log_ratio` between passes, absolute.
-      settled: 1 once the site has switched itself off, else 0.
-      count: number of updates measured.
-    """
-
-    second_moment: jax.Array
-    handed_down: jax.Array
-    log_ratio: jax.Array
-    scale: jax.Array
-    drift: jax.Array
-    settled: jax.Array
-    count: jax.Array
-
-
-def init_state(shape: tuple[int, ...] = ()) -> jax.Array:
-    """A fresh state: float32 of shape `(*shape, 7)`, one row per site; see :class:`Moments`.
-
-    A site that has measured nothing applies no scale, so calibrate before the first update
-    (see :func:`calibrate`).
-
-    Example:
-      >>> init_state().shape, init_state((36,)).shape
-      ((7,), (36, 7))
-    """
-    return jnp.zeros((*shape, len(Moments._fields)), jnp.float32).at[..., _column("scale")].set(1)
-
-
-def _column(name):
-    return Moments._fields.index(name)
-
-
-def read(state: jax.Array) -> Moments:
-    """Names the columns of a state of shape `(..., 7)`.
-
-    Example:
-      >>> float(read(init_state()).count)
-      0.0
-    """
-    return Moments(*(state[..., i] for i in range(len(Moments._fields))))
-
-
-def first_link() -> jax.Array:
-    """The link that enters the lowest site: a float32 scalar whose value means nothing."""
-    return jnp.zeros((), jnp.float32)
-
-
-def _log_ratio(above, below):
-    """log(above / below), and whether both are finite and positive (0 and False elsewhere)."""
-    valid = (above > 0) & (below > 0) & jnp.isfinite(above) & jnp.isfinite(below)
-    # A difference of logarithms: the moments of very deep nets span float32's exponents.
-    return jnp.log(jnp.where(valid, above, 1)) - jnp.log(jnp.where(valid, below, 1)), valid
-
-
-def _scale(log_ratio, measured, old, policy):
-    """The rho that a site with the state `old` applies to a pair with this ratio."""
-    if policy.mode == "observe":
-        return jnp.float32(1)
-    mismatch = jnp.abs(log_ratio) > jnp.log1p(jnp.float32(policy.tolerance))
-    active = (old.count < policy.steps) & (old.settled == 0)
-    limit = jnp.log(jnp.float32(policy.max_scale))
-    rho = jnp.exp(jnp.clip(log_ratio / 2, -limit, limit))
-    return jnp.where(measured & mismatch & active, rho, jnp.float32(1))
-
-
-def _update(old, below, log_ratio, measured, rho, policy):
-    """Averages what one pass measured into a state, given unpacked."""
-    handed_down = jnp.square(rho) * below
-    # A vanished or overflowed error says nothing about the layers: it leaves the moments alone.
-    usable = (below > 0) & jnp.isfinite(below) & jnp.isfinite(handed_down)
-    decay = jnp.minimum(jnp.float32(policy.decay), old.count / (old.count + 1))
-
-    def average(before, now):
-        return decay * before + (1 - decay) * now
-
-    comparable = measured & (old.log_ratio != 0)
-    drift = average(old.drift, jnp.abs(log_ratio - old.log_ratio))
-    # Trust the drift only once its average has filled.
-    filled = old.count * (1 - jnp.float32(policy.decay)) >= 1
-    settles = filled & comparable & (drift < policy.settle)
-    new = Moments(
-        second_moment=jnp.where(usable, average(old.second_moment, below), old.second_moment),
-        handed_down=jnp.where(usable, average(old.handed_down, handed_down), old.handed_down),
-        log_ratio=log_ratio,
-        scale=rho,
-        drift=jnp.where(comparable, drift, old.drift),
-        settled=jnp.maximum(old.settled, settles.astype(jnp.float32)),
-        count=old.count + 1,
-    )
-    return jnp.stack(new, axis=-1)
-
-
-def rescaling(
-    below: jax.Array, above: jax.Array, state: jax.Array, policy: Policy
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""What a site does in a backward pass but for multiplying, for layers that do that themselves.
+def init_site(position: float = 0.0, shape: tuple[int, ...] = ()) -> jax.Array:
+    """A fresh site: `[low, high, position]`, float32, with bounds of 0, which is none.
 
     Args:
-      below: second moment of the cotangent that arrived, a float32 scalar.
-      above: the cotangent of the link: the second moment that the site above handed down.
-      state: of the site, float32 `(7,)`.
-      policy: see :class:`Policy`.
+      position: where the site stands, counted from the input upwards: the one with the largest
+        position (the last of equals) gives the reference. A negative one marks a site at the
+        output of the net, which only measures.
+      shape: leading axes, for the stacked parameters of a scan over layers.
 
     Returns:
-      :math:`\rho`, which the cotangent is to be multiplied with; what to return as the cotangent of
-      the link; the new state.
+      float32 `(*shape, 3)`. Store it among the parameters under the name `modulation_site`.
 
     Example:
-      >>> rho, _, state = rescaling(jnp.float32(4), jnp.float32(1), init_state(), Policy())
-      >>> rho, _, _ = rescaling(jnp.float32(4), jnp.float32(1), state, Policy())
-      >>> float(rho)  # the root of 1 / 4
-      0.5
+      >>> init_site(position=4).tolist(), init_site(shape=(36,)).shape
+      ([0.0, 0.0, 4.0], (36, 3))
     """
-    old, direct = read(state), policy.mode == "direct"
-    log_ratio, measured = _log_ratio(above, below if direct else old.second_moment)
-    rho = _scale(log_ratio, measured, old, policy)
-    handed_down = jnp.square(rho) * below if direct else old.handed_down
-    return rho, handed_down, _update(old, below, log_ratio, measured, rho, policy)
+    return jnp.broadcast_to(jnp.asarray([0, 0, position], jnp.float32), (*shape, 3))
 
 
-def modulate(
-    x: jax.Array, link: jax.Array, state: jax.Array, policy: Policy = Policy()
-) -> tuple[jax.Array, jax.Array]:
-    r"""A modulation site: the identity forwards, :math:`\rho \cdot \delta` backwards.
+def modulate(x: jax.Array, site: jax.Array) -> jax.Array:
+    r"""A modulation site: the identity forwards, :math:`\rho\,\delta` backwards.
 
-    Put it at the output of a parametric layer, before its normalization:
-    `y = conv(x); y, link = modulate(y, link, state)`. Differentiate with respect to `state`
-    too: what comes back in the place of its gradient **is the new state** and must replace the
-    old one; it must not reach an optimizer. One state per site: autodiff would add up the
-    returns of a state used twice. Averaging such gradients over microbatches or devices
-    (`jax.lax.pmean`) averages the measured moments, because the running moments are linear in
-    what was measured. (A loss that is a mean over 1/k of the batch has errors k times those of
-    the joint batch and moments k² times; the ratios, and so the scales, are the same.)
+    Put it at the output of every parametric layer but the last, before the normalization:
+    `y = modulate(conv(x), params["modulation_site"])`. Call it on a batch: the moment is a mean
+    over the examples too. The gradient of `site` is `[q, 1, 0]`, with the moment :math:`q` of the
+    cotangent that arrived; it is meant for :func:`modulation`, which sets the bounds. A site that
+    another optimizer has changed has a negative bound and turns every gradient below it into NaN.
+
+    Sums and means of such gradients (a site used twice, `psum`, `pmean`, microbatches, a loss
+    scale divided out) keep the quotient of the first two numbers meaningful. In the body of a
+    `pmap` or `shard_map` each device compares the moment of its own share of the batch.
 
     Args:
       x: activations, any floating dtype and shape.
-      link: float32 scalar, from :func:`first_link` or the site below.
-      state: float32 `(7,)`, from :func:`init_state`.
-      policy: see :class:`Policy`.
+      site: `(3,)` of :func:`init_site`.
 
     Returns:
-      `(x, link)`: the same `x`, and the link for the next site up.
+      The same `x`.
 
     Raises:
-      TypeError: `x` is not floating, or `link` or `state` is not float32 of the shape above.
+      TypeError: `x` is not floating, or `site` is not of the shape above and a dtype with the
+        exponents of float32.
 
     Example:
-      Two linear layers whose second shrinks the error ten times:
+      Behind a layer that shrinks the error ten times; the bounds are those of a net whose
+      topmost error has a second moment of 1:
 
       >>> import jax, jax.numpy as jnp
-      >>> def loss(states, x):
-      ...     link = first_link()
-      ...     x, link = modulate(x, link, states[0])
-      ...     x, link = modulate(0.1 * x, link, states[1])
-      ...     return x.sum()
-      >>> states, x = [init_state(), init_state()], jnp.ones(3)
-      >>> states = jax.grad(loss)(states, x)  # the first pass measures
-      >>> states, error = jax.grad(loss, argnums=(0, 1))(states, x)  # the second is rescaled
-      >>> print(error)
-      [1. 1. 1.]
-      >>> print(f"{read(states[0]).scale:.3f}")  # by this much
-      10.000
+      >>> site = jnp.asarray([1.0, 1.0, 0.0])
+      >>> loss = lambda x, site: jnp.sum(0.1 * modulate(x, site))
+      >>> error, measured = jax.grad(loss, argnums=(0, 1))(jnp.ones(3), site)
+      >>> print(error, measured)
+      [1. 1. 1.] [0.01 1.   0.  ]
     """
+    x, site = jnp.asarray(x), jnp.asarray(site)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"modulate needs floating activations; x is {x.dtype}")
-    expected = (("link", link, ()), ("state", state, (len(Moments._fields),)))
-    for name, value, shape in expected:
-        if jnp.shape(value) != shape or jnp.result_type(value) != jnp.float32:
-            raise TypeError(
-                f"modulate needs `{name}` as float32 {shape}; it is "
-                f"{jnp.result_type(value)} {jnp.shape(value)}. Start from orthojax.first_link() "
-                "and orthojax.init_state(); stacked states belong to a scan or vmap over layers"
-            )
-    return _site(x, link, state, policy)
+    if site.shape != (3,) or site.dtype.name not in _SITE_DTYPES:
+        raise TypeError(
+            f"modulate needs a site of shape (3,) in {' or '.join(_SITE_DTYPES)}, from "
+            f"orthojax.init_site(); it is {site.dtype} {site.shape}. Stacked sites belong to a "
+            "scan or vmap over layers, and float16 cannot hold a second moment"
+        )
+    return _site(x, vary_like(x, site))
 
 
 @jax.custom_vjp
-def _site(x, link, state, policy):
-    del state, policy
-    return x, link
+def _site(x, site):
+    del site
+    return x
 
 
-def _site_forward(x, link, state, policy):
-    return (x, link), (state, policy)
+def _site_forward(x, site):
+    return x, site
 
 
-def _site_backward(residuals, cotangents):
-    state, policy = residuals
-    cotangent, above = cotangents
-    below = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
-    rho, handed_down, new_state = rescaling(below, above, state, policy)
-    rescaled = (rho * cotangent).astype(cotangent.dtype)
-    return rescaled, handed_down, new_state, jax.tree.map(jnp.zeros_like, policy)
+def _site_backward(site, cotangent):
+    moment = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
+    rho, measured = rescaling(moment, site, cotangent.dtype)
+    return (rho * cotangent).astype(cotangent.dtype), measured
 
 
 _site.defvjp(_site_forward, _site_backward)
 
 
-def calibrate(
-    measure: Callable[[Any], Any], moments: Any, *, max_passes: int = 16
-) -> tuple[Any, int]:
-    """Fills the moments before the first update.
-
-    State that starts at "no scale" lets the first update of a very deep net destroy its weights.
-    This runs backward passes without updates until every site has measured a finite moment:
-    one pass where the unmodulated error stays within float32, a few where it does not, since
-    each pass modulates what the one before it measured and so reaches deeper.
+def rescaling(moment: jax.Array, site: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    r"""What a site does in a backward pass, for layers that know the moment by other means.
 
     Args:
-      measure: one backward pass: takes the tree of states, returns the tree of new states.
-      moments: tree of states, each float32 `(..., 7)`.
-      max_passes: give up after this many passes.
+      moment: :math:`q`, second moment of the cotangent that arrives, a float32 scalar.
+      site: `(3,)` of :func:`init_site`.
+      dtype: of the cotangent.
 
     Returns:
-      `(moments, passes)`. The moments are those of the last pass alone (what an error on the verge
-      of overflow measured would stay in an average for hundreds of steps), and the counts are 0,
-      so that `Policy.steps` counts updates.
-
-    Raises:
-      FloatingPointError: after `max_passes` some site has still measured nothing.
+      :math:`\rho`, float32, which the cotangent is to be multiplied with; and the gradient of the
+      site, `[q, 1, 0]`, or zeros where the error vanished or overflowed and says nothing.
 
     Example:
-      >>> def loss(state, x):
-      ...     return (2 * modulate(x, first_link(), state)[0]).sum()
-      >>> state, passes = calibrate(lambda s: jax.grad(loss)(s, jnp.ones(3)), init_state())
-      >>> float(read(state).second_moment), float(read(state).count), passes
-      (4.0, 0.0, 1)
+      >>> rho, measured = rescaling(jnp.float32(4), jnp.asarray([1.0, 1.0, 0.0]), jnp.float32)
+      >>> float(rho), measured.tolist()  # the root of 1 / 4
+      (0.5, [4.0, 1.0, 0.0])
     """
-    for passes in range(1, max_passes + 1):
-        moments = jax.tree.map(lambda s: s.at[..., _column("count")].set(0), measure(moments))
-        unmeasured = sum(
-            int((read(state).second_moment <= 0).sum()) for state in jax.tree.leaves(moments)
+    low, high = site[0].astype(jnp.float32), site[1].astype(jnp.float32)
+    usable = (moment > 0) & jnp.isfinite(moment)
+    ceiling = jnp.float32(float(jnp.finfo(dtype).max) ** (2 * _CEILING_EXPONENT))
+    upper = jnp.where(high > 0, high, ceiling)
+    outside = usable & ((moment < low) | (moment > upper))
+    # A quotient of roots: that of the moments themselves might leave float32's exponents.
+    root = jnp.sqrt(jnp.clip(moment, low, upper)) / jnp.sqrt(jnp.where(usable, moment, 1))
+    rho = jnp.where(outside, root, 1)
+    rho = jnp.where(high < 0, jnp.float32(jnp.nan), rho)
+    measured = jnp.where(usable, jnp.stack([moment, jnp.float32(1), jnp.float32(0)]), 0)
+    return rho, measured.astype(site.dtype)
+
+
+def vary_like(x: jax.Array, tree: Any) -> Any:
+    """Marks `tree` as varying over the manual mesh axes that `x` varies over (`jax.shard_map`).
+
+    A `custom_vjp` must return cotangents that vary as their primals do; this makes the sum over
+    devices the transpose of the mark.
+    """
+
+    def mark(leaf):
+        axes = tuple(_varying(x) - _varying(leaf))
+        return jax.lax.pcast(leaf, axes, to="varying") if axes else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def _varying(x):
+    return jax.typeof(x).mat.varying
+
+
+class ModulationState(NamedTuple):
+    """State of :func:`modulation`: scalars, and two numbers per site.
+
+    Attributes:
+      inner_state: of the wrapped transformation.
+      count: int32, updates so far.
+      measured: int32, those of them in which the topmost site measured something.
+      reference: float32, running second moment of the error at the topmost site.
+      log_growth: float32, running mean of the logarithm of the largest factor by which the moment
+        of the error, had nothing rescaled it, would differ from that at the topmost site.
+      off: bool, whether modulation has switched itself off.
+      moments: by path of a site, the moment that arrived when it last ran; float32, with the
+        leading axes of the site.
+      scales: likewise, the ρ that was applied.
+    """
+
+    inner_state: Any
+    count: jax.Array
+    measured: jax.Array
+    reference: jax.Array
+    log_growth: jax.Array
+    off: jax.Array
+    moments: dict[str, jax.Array]
+    scales: dict[str, jax.Array]
+
+
+def modulation(
+    inner: optax.GradientTransformation,
+    *,
+    tolerance: Any = 10.0,
+    steps: Any = float("inf"),
+    until: Any = 1.0,
+    decay: Any = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    _check("tolerance", tolerance, lambda v: v >= 1, "at least 1")
+    _check("steps", steps, lambda v: v >= 0, "at least 0")
+    _check("until", until, lambda v: v >= 1, "at least 1")
+    _check("decay", decay, lambda v: 0 <= v < 1, "in [0, 1)")
+    of_weights = optax.masked(optax.with_extra_args_support(inner), _weights)
+
+    def init(params):
+        sites = _sites(params)
+        if not sites:
+            raise ValueError(
+                f"no parameter is called `{SITE}`, so there is nothing to modulate: wrap the model "
+                "in orthojax.linen.Modulated, or call orthojax.modulate behind its layers"
+            )
+        zeros = {path: jnp.zeros(leaf.shape[:-1], jnp.float32) for path, leaf in sites.items()}
+        return ModulationState(
+            inner_state=of_weights.init(params),
+            count=jnp.zeros((), jnp.int32),
+            measured=jnp.zeros((), jnp.int32),
+            reference=jnp.zeros((), jnp.float32),
+            log_growth=jnp.zeros((), jnp.float32),
+            off=jnp.zeros((), bool),
+            moments=zeros,
+            scales=jax.tree.map(jnp.ones_like, zeros),
         )
-        if not unmeasured:
-            return moments, passes
-    raise FloatingPointError(
-        f"after {max_passes} calibration passes {unmeasured} modulation sites have measured no "
-        "finite, positive second moment: the loss has no gradient there, or the forward pass is "
-        "not finite"
+
+    def update(updates, state, params=None, **extra):
+        if params is None:
+            raise ValueError("modulation needs the parameters: call update(updates, state, params)")
+        sites, gradients = _rows(_sites(params)), _rows(_sites(updates))
+        weight = gradients[:, 1]
+        moment = gradients[:, 0] / weight
+        ran = (weight > 0) & (moment > 0) & jnp.isfinite(moment) & jnp.isfinite(weight)
+        scale = jax.vmap(lambda m, s: rescaling(m, s, jnp.float32)[0])(moment, sites)
+        downwards = jnp.argsort(sites[:, 2])[::-1]  # of equals, such as a stack, the last is first
+        top = downwards[0]
+
+        measured = state.measured + ran[top]
+        keep = jnp.minimum(jnp.float32(decay), 1 - 1 / jnp.maximum(measured, 1))
+
+        def average(before, now):
+            return jnp.where(ran[top], keep * before + (1 - keep) * now, before)
+
+        # A loss scale of S multiplies the moment by S² and the weight, once divided out, by 1 / S.
+        reference = average(state.reference, moment[top] * jnp.square(weight[top]))
+        log_growth = average(
+            state.log_growth, _log_growth(moment[downwards], scale[downwards], ran[downwards])
+        )
+        off = state.off | ((measured * (1 - decay) >= 1) & (log_growth < jnp.log(until)))
+        modulating = (state.count + 1 < steps) & ~off & (tolerance < jnp.inf)
+
+        bound = reference / jnp.square(jnp.where(ran[top], weight[top], 1))
+        low, high = bound / jnp.float32(tolerance), bound * jnp.float32(tolerance)
+        bounded = modulating & (sites[:, 2] >= 0) & (jnp.arange(len(sites)) != top)
+        new = jnp.stack(
+            [jnp.where(bounded, low, 0), jnp.where(bounded, high, 0), sites[:, 2]], axis=1
+        )
+
+        # The first error met no bounds: the weights wait for one that does.
+        wait = (state.count == 0) & modulating
+        updates = _map_weights(lambda u: jnp.where(wait, jnp.zeros_like(u), u), updates)
+        updates, inner_state = of_weights.update(updates, state.inner_state, params, **extra)
+        updates = _set_sites(updates, params, new)
+        rows = jnp.concatenate([leaf.ravel() for leaf in state.moments.values()])
+        moments = _unflatten(jnp.where(ran, moment, rows), state.moments)
+        rows = jnp.concatenate([leaf.ravel() for leaf in state.scales.values()])
+        scales = _unflatten(jnp.where(ran, scale, rows), state.scales)
+        return updates, ModulationState(
+            inner_state, state.count + 1, measured, reference, log_growth, off, moments, scales
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def find_state(opt_state: Any) -> ModulationState | None:
+    """The state of `modulation` in that of a chain or of another wrapper, or None."""
+    found = [
+        leaf
+        for leaf in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, ModulationState))
+        if isinstance(leaf, ModulationState)
+    ]
+    return found[0] if found else None
+
+
+def _check(name, value, holds, expected):
+    # Only Python numbers can be looked at: traced values pass.
+    if isinstance(value, int | float) and not holds(value):
+        raise ValueError(f"modulation: {name}={value} must be {expected}")
+
+
+def _log_growth(moment, scale, ran):
+    """From the topmost site downwards: the largest |log| of the moments had nothing rescaled."""
+    log_scale = jnp.where(ran, 2 * jnp.log(jnp.where(ran, scale, 1)), 0)
+    above = jnp.cumsum(log_scale) - log_scale
+    true = jnp.log(jnp.where(ran, moment, 1)) - above
+    return jnp.max(jnp.where(ran, jnp.abs(true - true[0]), 0))
+
+
+def _is_site(path) -> bool:
+    return any(jax.tree_util.keystr((key,), simple=True) == SITE for key in path)
+
+
+def _weights(tree: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _is_site(path), tree)
+
+
+def weights_only(tree: Any) -> Any:
+    """The tree without its sites: `optax.MaskedNode` stands in their places.
+
+    For norms and counts of parameters or gradients, of which the sites are no part.
+
+    Example:
+      >>> jax.tree.leaves(weights_only({"kernel": 1.0, "modulation_site": init_site()}))
+      [1.0]
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: optax.MaskedNode() if _is_site(path) else leaf, tree
     )
+
+
+def _map_weights(function, tree):
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if _is_site(path) else function(leaf), tree
+    )
+
+
+def _sites(tree: Any) -> dict[str, jax.Array]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if _is_site(path)
+    }
+
+
+def _rows(leaves: dict[str, jax.Array]) -> jax.Array:
+    return jnp.concatenate([leaf.reshape(-1, 3).astype(jnp.float32) for leaf in leaves.values()])
+
+
+def _unflatten(rows: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Cuts `(sites, ...)` into the leaves of `like`, whose shapes may lack the last axis."""
+    found, start = {}, 0
+    for path, leaf in like.items():
+        found[path] = rows[start : start + leaf.size].reshape(leaf.shape)
+        start += leaf.size
+    return found
+
+
+def _set_sites(updates: Any, params: Any, new: jax.Array) -> Any:
+    """The updates that make `new`, `(sites, 3)`, of the sites of `params`."""
+    sites = _sites(params)
+    wanted = _unflatten(new.ravel(), sites)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, u: _difference(path, sites, wanted) if _is_site(path) else u, updates
+    )
+
+
+def _difference(path, sites, wanted):
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    return (wanted[name] - sites[name]).astype(sites[name].dtype)

@@ -3,19 +3,20 @@
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from orthojax.models import in_order
-from orthojax.modulation import read
+from orthojax.modulation import find_state, weights_only
 from orthojax.ortho import mean_correlation, orthonormality_error
 
 
-def observe(params: Any, moments: Any) -> dict[str, Any]:
+def observe(params: Any, opt_state: Any) -> dict[str, Any]:
     """Numbers about the layers of a `ConvNet`; can be called under `jax.jit`.
 
     Args:
       params: parameters of the net.
-      moments: states of its modulation sites, which measure the errors also where the policy's
-        mode is "observe"; empty without sites.
+      opt_state: of its optimizer; with `orthojax.modulation` in it, also one whose tolerance is
+        infinite, it holds what the sites measured.
 
     Returns:
       `correlation`: Eq. 8 as printed (see `orthojax.mean_correlation`); `correlation_off_diagonal`
@@ -24,6 +25,7 @@ def observe(params: Any, moments: Any) -> dict[str, Any]:
       `second_moment` and `scale`: of the error at each convolution's output and the `ρ` applied
       there, lists from the images to the logits.
     """
+    params = weights_only(params)
     errors = orthonormality_error(params).values()
     found = {
         "correlation": mean_correlation(params),
@@ -31,8 +33,10 @@ def observe(params: Any, moments: Any) -> dict[str, Any]:
         "correlation_absolute": mean_correlation(params, diagonal=False, absolute=True),
         "orthonormality_error": jax.numpy.max(jax.numpy.stack(list(errors))),
     }
-    if moments:
-        sites = [read(state) for _, state in in_order(moments)]
-        found["second_moment"] = [site.second_moment for site in sites]
-        found["scale"] = [site.scale for site in sites]
+    state = find_state(opt_state)
+    if state is not None:
+        for name, values in (("second_moment", state.moments), ("scale", state.scales)):
+            tree = traverse_util.unflatten_dict(values, sep="/")
+            found[name] = [value for _, value in in_order(tree)]
+        found["log_growth"] = state.log_growth
     return found

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from orthojax.linen import MOMENTS
-
 
 @flax.struct.dataclass
 class TrainState:
@@ -17,16 +15,14 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, number of finished updates.
-      params: parameters of the net.
+      params: parameters of the net, its modulation sites among them.
       batch_stats: running BN statistics.
-      moments: states of the modulation sites; empty without modulation.
-      opt_state: state of the optax transformation.
+      opt_state: state of the optax transformation, with modulation's running moments.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
-    moments: Any
     opt_state: optax.OptState
 
 
@@ -50,6 +46,5 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables.get("batch_stats", {}),
-        moments=variables.get(MOMENTS, {}),
         opt_state=optimizer.init(variables["params"]),
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from orthojax.linen import MOMENTS
+from orthojax.modulation import weights_only
 from orthojax.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -40,28 +40,25 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         images = augment(batch["image"], key)
 
-        def loss_function(params: Any, moments: Any):
-            variables = {"batch_stats": state.batch_stats, MOMENTS: moments}
-            variables["params"] = gather(params)
+        def loss_function(params: Any):
+            variables = {"batch_stats": state.batch_stats, "params": gather(params)}
             logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
             return _cross_entropy(logits, batch["label"]).mean(), (logits, updated)
 
-        # What comes back in the place of the moments' gradient is the new moments.
-        grad_function = jax.value_and_grad(loss_function, argnums=(0, 1), has_aux=True)
-        (loss, (logits, updated)), (grads, moments) = grad_function(state.params, state.moments)
+        grad_function = jax.value_and_grad(loss_function, has_aux=True)
+        (loss, (logits, updated)), grads = grad_function(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
             "accuracy": jnp.mean(_correct(logits, batch["label"])),
-            "grad_norm": optax.tree.norm(grads),
-            "param_norm": optax.tree.norm(params),
+            "grad_norm": optax.tree.norm(weights_only(grads)),
+            "param_norm": optax.tree.norm(weights_only(params)),
         }
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=updated.get("batch_stats", {}),
-            moments=moments,
             opt_state=opt_state,
         )
         return new_state, metrics
@@ -88,11 +85,7 @@ def make_eval_step(
     """
 
     def eval_step(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
-        variables = {
-            "params": gather(state.params),
-            "batch_stats": state.batch_stats,
-            MOMENTS: state.moments,
-        }
+        variables = {"params": gather(state.params), "batch_stats": state.batch_stats}
         logits = net.apply(variables, normalize(batch["image"]), train=False)
         mask = batch["mask"]
         return {

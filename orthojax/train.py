@@ -21,7 +21,7 @@ from orthojax.errors import DivergenceError
 from orthojax.experiment import Experiment, build
 from orthojax.interrupt import Interrupted, StopRequest, stop_on_signals
 from orthojax.metrics import MetricWriter, NullWriter, read_metrics
-from orthojax.modulation import calibrate
+from orthojax.modulation import weights_only
 from orthojax.observe import observe
 from orthojax.programs import Programs, compile_programs
 from orthojax.progress import Progress
@@ -80,7 +80,7 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
 
         restored = checkpointer.restore_latest(programs.abstract_state)
         if restored is None:
-            first_step, state = 0, _begin(experiment, programs, progress, batches)
+            first_step, state = 0, programs.init()
         else:
             first_step, state = restored.step, restored.state
             batches.set_state(restored.data_state)
@@ -104,7 +104,7 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
         "seconds": round(time.monotonic() - start, 2),
         "compile_seconds": round(programs.compile_seconds, 2),
         "images_per_second": trainer.images_per_second(),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights_only(state.params))),
         "resumed_from_step": first_step,
     }
     if is_first():
@@ -150,28 +150,6 @@ def _describe(experiment: Experiment) -> str:
     )
 
 
-def _begin(
-    experiment: Experiment, programs: Programs, progress: Progress, batches: data.TrainBatches
-) -> TrainState:
-    """The state before the first update, its modulation moments measured."""
-    state = programs.init()
-    if not experiment.modulated:
-        return state
-    beginning = batches.get_state()
-    batch = programs.put(next(batches))
-    batches.set_state(beginning)
-
-    def measure(moments):
-        # The training step itself, so that nothing else is compiled; its update is thrown away.
-        copy = jax.tree.map(jax.numpy.copy, state.replace(moments=moments))
-        return programs.train_step(copy, batch)[0].moments
-
-    moments, passes = calibrate(measure, state.moments)
-    moments = jax.device_put(moments, jax.tree.map(lambda s: s.sharding, state.moments))
-    progress.message(f"modulation calibrated in {passes} backward passes")
-    return state.replace(moments=moments)
-
-
 class _Trainer:
     """The loop over steps: records, evaluates, saves, and stops when it must."""
 
@@ -210,7 +188,7 @@ class _Trainer:
             evaluating = step % settings.eval_every == 0 or last
             saving = step % settings.checkpoint_every == 0 or evaluating or stopping
             if settings.observe_every and step % settings.observe_every == 0:
-                found = self._observe(state.params, state.moments)
+                found = self._observe(state.params, state.opt_state)
                 self._writer.write(step, "layers", **jax.device_get(found))
             if not (step % settings.log_every == 0 or evaluating or saving):
                 continue

@@ -10,12 +10,17 @@ import pytest
 from flax import linen as nn
 
 import orthojax
-from orthojax import Policy
-from orthojax.linen import MOMENTS
-from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, unstack_blocks
+from orthojax.models import (
+    ImageNetPlainNet,
+    ImageNetResNet,
+    PlainNet,
+    in_order,
+    unstack_blocks,
+)
 from orthojax.models.blocks import LayerSpec, PlainBlock, ResidualBlock
 from orthojax.models.imagenet import BOTTLENECKS
 from orthojax.models.stacking import Stage
+from orthojax.modulation import SITE
 
 IMAGE = (224, 224, 3)
 KINDS = [ImageNetPlainNet, ImageNetResNet]
@@ -239,17 +244,16 @@ def variables_of(module, *arguments):
 
 @functools.partial(jax.jit, static_argnums=0)
 def value_and_gradients(module, variables, *arguments):
-    """One training pass: gradients with new moments, and outputs with new statistics."""
+    """One training pass: gradients, and outputs with new statistics."""
 
-    def loss(trained):
+    def loss(params):
         outputs, updated = module.apply(
-            {**variables, **trained}, *arguments, train=True, mutable=["batch_stats"]
+            {**variables, "params": params}, *arguments, train=True, mutable=["batch_stats"]
         )
         total = sum(jnp.sum(jnp.sin(output)) for output in jax.tree.leaves(outputs))
         return total, {"outputs": outputs, **updated}
 
-    trained = {name: variables[name] for name in ("params", MOMENTS) if name in variables}
-    return jax.grad(loss, has_aux=True)(trained)
+    return jax.grad(loss, has_aux=True)(variables["params"])
 
 
 def assert_same(ours, theirs):
@@ -260,26 +264,16 @@ def assert_same(ours, theirs):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_scanned_and_unrolled_nets_are_one_function_and_every_site_measures():
-    scanned = ImageNetPlainNet(width=4, num_classes=5, modulation=Policy(tolerance=0.0))
+    scanned = ImageNetPlainNet(width=4, num_classes=5, modulated=True)
     images = jax.random.normal(jax.random.key(1), (4, 64, 64, 3))
     variables = variables_of(scanned, images)
-    first = value_and_gradients(scanned, variables, images)[0][MOMENTS]
-    moments = read_all(first)
-    assert moments.count.tolist() == [1] * 34  # all but the head: stem, 32 in blocks, last
-    assert bool(jnp.all(jnp.isfinite(moments.second_moment) & (moments.second_moment > 0)))
-
-    variables[MOMENTS] = first
     gradients, others = value_and_gradients(scanned, variables, images)
-    assert int(jnp.sum(read_all(gradients[MOMENTS]).scale != 1)) == 33  # the top has none above
+    measured = [leaf for path, leaf in in_order(gradients) if path.endswith(SITE)]
+    assert [float(site[1]) for site in measured] == [1] * 34  # stem, 32 in blocks, last: no head
+    assert all(0 < float(site[0]) < jnp.inf for site in measured)
     unrolled = scanned.clone(scan=False)
     expected = value_and_gradients(unrolled, unstack_blocks(variables), images)
     assert_same((unstack_blocks(gradients), unstack_blocks(others)), expected)
-
-
-def read_all(moments):
-    """One tuple of all sites, from stacked and single states."""
-    states = [state.reshape(-1, 7) for state in jax.tree.leaves(moments)]
-    return orthojax.read(jnp.concatenate(states))
 
 
 @pytest.mark.usefixtures("quick_compilation")
@@ -288,25 +282,24 @@ def read_all(moments):
 )
 def test_a_stage_of_bottlenecks_is_one_function_in_all_its_forms(block, bottleneck):
     init = nn.initializers.he_normal()
-    policy = Policy() if block is PlainBlock else None
     scanned = Stage(
         block,
         blocks=3,
         features=4,
         stride=2,
-        spec=LayerSpec(init, init, policy=policy),
+        spec=LayerSpec(init, init, modulated=True),
         layout=BOTTLENECKS[bottleneck],
         scan=True,
         remat="none",
     )
-    carry = jax.random.normal(jax.random.key(1), (4, 16, 16, 8)), orthojax.first_link()
-    variables = variables_of(scanned, carry)
-    gradients, others = value_and_gradients(scanned, variables, carry)
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 8))
+    variables = variables_of(scanned, images)
+    gradients, others = value_and_gradients(scanned, variables, images)
     assert others["outputs"][0].shape == (4, 8, 8, 16)
     unrolled = scanned.clone(scan=False)
-    expected = value_and_gradients(unrolled, unstack_blocks(variables), carry)
+    expected = value_and_gradients(unrolled, unstack_blocks(variables), images)
     assert_same((unstack_blocks(gradients), unstack_blocks(others)), expected)
-    again = value_and_gradients(scanned.clone(remat="blocks"), variables, carry)
+    again = value_and_gradients(scanned.clone(remat="blocks"), variables, images)
     assert_same((gradients, others), again)
 
 
@@ -327,8 +320,8 @@ def test_standard_bottlenecks_are_orthonormal_in_groups():
 
     spec = LayerSpec(orthojax.orthonormal(), orthojax.orthonormal())
     block = ResidualBlock(4, spec, layout=BOTTLENECKS["standard"])
-    carry = jnp.zeros((1, 2, 2, 4)), orthojax.first_link()
-    params = jax.jit(lambda: block.init(jax.random.key(0), carry, train=False))()["params"]
+    images = jnp.zeros((1, 2, 2, 4))
+    params = jax.jit(lambda: block.init(jax.random.key(0), images, train=False))()["params"]
     in_groups = orthojax.orthonormality_error(params)
     assert len(in_groups) == 4 and max(map(float, in_groups.values())) < 1e-5
     in_one = orthojax.orthonormality_error(params, grouping="none")
@@ -345,20 +338,17 @@ def test_what_does_not_exist_is_refused_with_the_choices():
         ImageNetResNet(depth=101, bottleneck="wide")
     with pytest.raises(ValueError, match="depth=34 has no bottlenecks"):
         ImageNetPlainNet(depth=34, bottleneck="standard")
-    with pytest.raises(ValueError, match="ImageNetResNet takes no modulation"):
-        ImageNetResNet(modulation=Policy())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_a_training_pass_at_full_size(depth, kind):
-    modulation = Policy() if kind is ImageNetPlainNet else None
-    net = kind(depth=depth, modulation=modulation, bn_bias=1.0)
+    net = kind(depth=depth, modulated=True, bn_bias=1.0)
     images = jax.random.normal(jax.random.key(1), (2, *IMAGE))
     gradients, others = value_and_gradients(net, variables_of(net, images), images)
     assert others["outputs"].shape == (2, 1000)
-    for leaf in jax.tree.leaves((gradients["params"], others)):
+    for leaf in jax.tree.leaves((gradients, others)):
         assert bool(jnp.all(jnp.isfinite(leaf)))
-    for name, leaf in gradients["params"].items():
+    for name, leaf in gradients.items():
         assert any(bool(jnp.any(part != 0)) for part in jax.tree.leaves(leaf)), name

@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthojax import Policy, read
 from orthojax.analysis.growth import log_growth
 from orthojax.errors import ConfigError
 from orthojax.isometry import error_growth, isometric_bias
-from orthojax.linen import MOMENTS
 from orthojax.models import PlainNet
+from orthojax.modulation import SITE
 
 
 @pytest.mark.parametrize("bias", [-0.5, 0.0, 0.3, 1.0, 2.0, 3.5])
@@ -55,7 +54,7 @@ def test_a_net_at_initialisation_grows_as_the_theory_says():
             depth=26,
             width=32,
             kernel_init="delta_orthonormal",
-            modulation=Policy(mode="observe"),
+            modulated=True,
         )
         variables = dict(net.init(jax.random.key(1), images, train=False))
         variables["params"] = jax.tree_util.tree_map_with_path(
@@ -67,14 +66,14 @@ def test_a_net_at_initialisation_grows_as_the_theory_says():
             variables["params"],
         )
 
-        def loss(moments):
+        def loss(params):
             logits, _ = net.apply(
-                {**variables, MOMENTS: moments}, images, train=True, mutable=["batch_stats"]
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
             )
             return jnp.sum(logits * jax.random.normal(jax.random.key(2), logits.shape))
 
-        moments = jax.grad(loss)(variables[MOMENTS])["stage_1"]["scanned"]
-        profile = read(moments["layer_0"]["bn"]["moments"]).second_moment
+        grads = jax.grad(loss)(variables["params"])["stage_1"]["scanned"]
+        profile = grads["layer_0"]["bn"][SITE][:, 0]
         return (profile[0] / profile[-1]) ** (1 / (2 * (len(profile) - 1)))
 
     for bias in (0.0, 0.5, 1.0, 2.0):

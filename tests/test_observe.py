@@ -7,10 +7,10 @@ import pytest
 from flax import linen as nn
 
 from configs import digits_plain110
-from orthojax import Policy, mean_correlation, read
-from orthojax.linen import MOMENTS
+from orthojax import mean_correlation
 from orthojax.metrics import read_metrics
 from orthojax.models import BatchNorm, ImageNetResNet, PlainNet, in_order, unstack_blocks
+from orthojax.modulation import SITE
 from orthojax.train import train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -77,11 +77,11 @@ def test_what_is_recorded(runs):
 
 def test_moments_are_those_of_the_cotangents():
     """The recorded second moments against the cotangents that autodiff itself gives."""
-    net = PlainNet(depth=8, width=4, num_classes=3, modulation=Policy(mode="observe", decay=0.0))
+    net = PlainNet(depth=8, width=4, num_classes=3, modulated=True)
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     variables = net.init(jax.random.key(0), images, train=False)
 
-    def loss(moments, taps):
+    def loss(params, taps):
         def tap(call, args, kwargs, context):
             if isinstance(context.module, BatchNorm) and context.method_name == "__call__":
                 args = (args[0] + taps.pop(0), *args[1:])
@@ -89,15 +89,15 @@ def test_moments_are_those_of_the_cotangents():
 
         taps = list(taps)
         with nn.intercept_methods(tap):
-            state = {**variables, MOMENTS: moments}
+            state = {**variables, "params": params}
             logits, _ = net.apply(state, images, train=True, mutable=["batch_stats"])
         return jnp.sum(jnp.sin(logits))
 
     net = net.clone(scan=False)
     variables = net.init(jax.random.key(0), images, train=False)
     taps = [jnp.zeros((4, s, s, c)) for s, c in ((8, 4),) * 3 + ((4, 8),) * 2 + ((2, 16),) * 2]
-    moments, cotangents = jax.jit(jax.grad(loss, argnums=(0, 1)))(variables[MOMENTS], taps)
-    found = [read(state).second_moment for _, state in in_order(moments)]
+    grads, cotangents = jax.jit(jax.grad(loss, argnums=(0, 1)))(variables["params"], taps)
+    found = [leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
     expected = [np.mean(np.square(np.asarray(c, np.float64))) for c in cotangents]
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 

@@ -25,10 +25,11 @@ from configs import (
     imagenet_plain,
     imagenet_resnet,
 )
-from orthojax import data, linen, read
+from orthojax import data
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.experiment import build
 from orthojax.metrics import read_metrics
+from orthojax.modulation import find_state
 from orthojax.programs import compile_programs, lower_train_step
 from orthojax.train import evaluate, train_and_evaluate
 
@@ -102,12 +103,12 @@ def test_no_step_is_compiled_twice(finished):
         assert sum(step in name for name in compiled) == 1, compiled
 
 
-def test_modulation_is_calibrated_before_the_first_update(finished):
+def test_every_step_measures_at_every_site(finished):
     workdir, _ = finished
     _, _, restored = final_state(workdir)
-    for state in jax.tree.leaves(restored.state.moments):
-        np.testing.assert_array_equal(read(state).count, np.full(state.shape[:-1], 30))
-        assert (read(state).second_moment > 0).all()
+    state = find_state(restored.state.opt_state)
+    assert state.count == state.measured == 30
+    assert all((moments > 0).all() for moments in jax.tree.leaves(state.moments))
 
 
 def test_evaluation_is_exact(finished):
@@ -119,7 +120,6 @@ def test_evaluation_is_exact(finished):
     variables = {
         "params": restored.state.params,
         "batch_stats": restored.state.batch_stats,
-        linen.MOMENTS: restored.state.moments,
     }
     images = (split.images / 255 - experiment.dataset.mean) / experiment.dataset.std
     logits = experiment.net.apply(variables, images.astype(np.float32), train=False)
@@ -295,7 +295,7 @@ def test_workdir_of_another_config_is_refused_and_untouched(finished):
         ({"model.depth": 9}, ConfigError, r"depth=9 is not 6n \+ 2.*8 and 14"),
         ({"model.name": "PlaneNet"}, ConfigError, "PlainNet, ResNet"),
         ({"modulation.tolerence": 0.1}, ConfigError, "`modulation.tolerance`"),
-        ({"modulation.decay": 2.0}, ConfigError, "modulation.*decay is 2.0"),
+        ({"modulation.decay": 2.0}, ConfigError, r"modulation.*decay=2.0 must be in \[0, 1\)"),
         ({"regularizer.name": "orto"}, ConfigError, "ortho, l2, none"),
         ({"dataset.name": "digit"}, DatasetError, "digits"),
         ({"batch_size": 2048}, DatasetError, "2048.*1437"),

@@ -18,21 +18,22 @@ SIZE = 32
 BASELINE = "SGD + L2"
 METHOD = "SGD + ortho + modulation"
 OBSERVED = "SGD + L2, observed"
-VARIANTS = {  # name -> regularizer, mode of modulation
+OBSERVING = 1e30  # a tolerance that no error exceeds
+VARIANTS = {  # name -> regularizer, tolerance of modulation
     BASELINE: ("l2", None),
     "SGD + ortho": ("ortho", None),
-    "SGD + L2 + modulation": ("l2", "running"),
-    METHOD: ("ortho", "running"),
-    OBSERVED: ("l2", "observe"),
+    "SGD + L2 + modulation": ("l2", 10.0),
+    METHOD: ("ortho", 10.0),
+    OBSERVED: ("l2", OBSERVING),
 }
 
 
 def experiment(variant, depth, **model):
     """A plain net on CIFAR-10 without its images; `model` overrides keys of that section."""
-    regularizer, mode = VARIANTS[variant]
-    config = get_config(f"depth={depth},method={'ortho' if mode else 'l2'}")
-    if mode:
-        config.modulation.mode = mode
+    regularizer, tolerance = VARIANTS[variant]
+    config = get_config(f"depth={depth},method={'ortho' if tolerance else 'l2'}")
+    if tolerance:
+        config.modulation.tolerance = tolerance
     config.regularizer = {"name": regularizer, "coefficient": 1e-4}
     config.mesh.data = 1
     config.model.update(model)

@@ -7,7 +7,6 @@ import numpy as np
 from experiments.report import table, write_report
 from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
 from orthojax.models import BatchNorm
-from orthojax.modulation import first_link
 
 TITLE = "Appendix: eigenvalues of the Jacobian of batch normalization"
 BATCHES = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -23,7 +22,7 @@ def jacobian(x):
     variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": statistics}
 
     def forward(x):
-        (y, _), _ = norm.apply(variables, x[:, None], first_link(), mutable=["batch_stats"])
+        y, _ = norm.apply(variables, x[:, None], mutable=["batch_stats"])
         return y[:, 0]
 
     return jax.jacrev(forward)(x)

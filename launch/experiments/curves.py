@@ -54,7 +54,7 @@ def config(options, name):
     plain = cifar10(depth, regularizer, options.preset, options.data_dir)
     with plain.ignore_type():
         if net.startswith("plain"):
-            plain.modulation = {"mode": "observe", "decay": 0.0}
+            plain.modulation = {"tolerance": 1e30}
         else:
             plain.model.name, plain.modulation = "ResNet", None
         plain.optimizer.learning_rate = RATES[options.preset]

@@ -3,23 +3,19 @@
 import jax
 import jax.numpy as jnp
 
-from orthojax.linen import MOMENTS
 from orthojax.models import PlainNet, in_order
-from orthojax.modulation import Policy, read
-
-# Every site hands down what it was handed, so that nothing over- or underflows over any depth.
-_ISOMETRIC = Policy(mode="direct", tolerance=0.0, max_scale=1e30)
+from orthojax.modulation import SITE
 
 
 def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
     r"""Growth of the squared error per layer at initialisation, from each convolution to the next.
 
-    The error enters as a random cotangent of the logits. Modulation in direct mode keeps it of one
-    size, and its :math:`-\log \rho^2` is the growth: what the error would have grown by, since the
-    backward pass is linear.
+    The error enters as a random cotangent of the logits. Every modulation site hands it down with a
+    second moment of 1, so the moment that arrives at the next is what it has grown by: the backward
+    pass is linear, and over any depth nothing over- or underflows.
 
     Args:
-      net: its modulation is replaced.
+      net: with or without sites.
       key: of the parameters and the cotangent.
       images: float (N, H, W, C).
 
@@ -33,14 +29,18 @@ def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
       >>> log_growth(net, jax.random.key(0), images).shape
       (12,)
     """
-    net = net.clone(modulation=_ISOMETRIC)
+    net = net.clone(modulated=True)
     variables = dict(net.init(key, images[:1], train=False))
 
-    def loss(moments):
-        state = {**variables, MOMENTS: moments}
+    def one(path, leaf):
+        is_site = path[-1].key == SITE
+        return leaf.at[..., :2].set(1) if is_site else leaf
+
+    def loss(params):
+        state = {**variables, "params": params}
         logits, _ = net.apply(state, images, train=True, mutable=["batch_stats"])
         return jnp.sum(logits * jax.random.normal(jax.random.fold_in(key, 1), logits.shape))
 
-    moments = jax.grad(loss)(variables[MOMENTS])
-    ratios = [read(state).log_ratio for _, state in in_order(moments)]
-    return -jnp.stack(ratios[:-1])  # the topmost site has none above it to compare with
+    grads = jax.grad(loss)(jax.tree_util.tree_map_with_path(one, variables["params"]))
+    moments = [leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
+    return jnp.log(jnp.stack(moments[:-1]))  # the topmost error has come from no site

@@ -9,7 +9,6 @@ from flax import linen as nn
 
 from orthojax.models.convolution import conv_general_dilated
 from orthojax.models.normalization import BatchNorm
-from orthojax.modulation import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +19,7 @@ class LayerSpec:
       kernel_init: initializer of kernels that keep channels and resolution.
       change_init: initializer of kernels that change the channel count or the resolution.
       bn_bias: initial bias of batch normalization (the mean before the ReLU).
-      policy: modulation policy, or None for no modulation.
+      modulated: whether there is a modulation site behind every convolution.
       dtype: compute dtype; parameters, statistics and moments are float32.
       bn_groups: groups of the batch that batch normalization treats apart.
     """
@@ -28,7 +27,7 @@ class LayerSpec:
     kernel_init: Any
     change_init: Any
     bn_bias: float = 0.0
-    policy: Policy | None = None
+    modulated: bool = False
     dtype: Any = jnp.float32
     bn_groups: int = 1
 
@@ -36,7 +35,7 @@ class LayerSpec:
 class ConvBN(nn.Module):
     """Convolution, modulation site, batch normalization, ReLU: the unit that a layer is counted by.
 
-    Called as `(x, link), train`; x is (N, H, W, C) and comes back as
+    Called as `x, train`; x is (N, H, W, C) and comes back as
     (N, ceil(H / stride), ceil(W / stride), features).
     """
 
@@ -47,8 +46,7 @@ class ConvBN(nn.Module):
     relu: bool = True
 
     @nn.compact
-    def __call__(self, carry, train: bool):
-        x, link = carry
+    def __call__(self, x, train: bool):
         spec = self.spec
         same = x.shape[-1] == self.features and self.stride == 1
         x = nn.Conv(
@@ -64,14 +62,14 @@ class ConvBN(nn.Module):
         return BatchNorm(
             use_running_average=not train,
             relu=self.relu,
-            policy=spec.policy,
+            modulated=spec.modulated,
             groups=spec.bn_groups,
             momentum=0.9,
             epsilon=1e-5,
             dtype=spec.dtype,
             bias_init=nn.initializers.constant(spec.bn_bias),
             name="bn",
-        )(x, link)
+        )(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ BASIC = BlockLayout(layers=((3, 1), (3, 1)))
 class _Block(nn.Module):
     """What plain and residual blocks share.
 
-    Called as `(x, link), train`; x is (N, H, W, C) and comes back as
+    Called as `x, train`; x is (N, H, W, C) and comes back as
     (N, ceil(H / stride), ceil(W / stride), features · expansion). The stride is that of the first
     convolution, also where its window is 1×1 (He et al. 2016).
     """
@@ -128,28 +126,26 @@ class PlainBlock(_Block):
     """Conv-BN-ReLU, for every layer of the layout."""
 
     @nn.compact
-    def __call__(self, carry, train: bool):
+    def __call__(self, x, train: bool):
         for layer in self._layers():
-            carry = layer(carry, train)
-        return carry
+            x = layer(x, train)
+        return x
 
 
 class ResidualBlock(_Block):
     """Conv-BN, ReLU between them, added to a shortcut, then ReLU.
 
     The shortcut is the identity, or a projection with BN where the shape changes: 3×3, if the
-    layout does not say otherwise (Xie et al., section 5.1). There is no modulation here: two paths
-    reach every layer, so "the layer above" is not one layer.
+    layout does not say otherwise (Xie et al., section 5.1).
     """
 
     @nn.compact
-    def __call__(self, carry, train: bool):
-        x, link = carry
+    def __call__(self, x, train: bool):
+        y = x
         for layer in self._layers(relu_at_last=False):
-            carry = layer(carry, train)
-        y, _ = carry
+            y = layer(y, train)
         if y.shape != x.shape:
             window, features = self.layout.shortcut, y.shape[-1]
             shortcut = ConvBN(features, self.spec, self.stride, window, relu=False, name="shortcut")
-            x, _ = shortcut((x, link), train)
-        return jax.nn.relu(x + y), link
+            x = shortcut(x, train)
+        return jax.nn.relu(x + y)

@@ -85,7 +85,7 @@ class ImageNetResNet(ImageNetPlainNet):
     `f_in < f_out`. With "standard" bottlenecks it is He et al.'s 1×1, which has.
 
     Raises:
-      ValueError: `modulation` is given; see also `ImageNetPlainNet`.
+      ValueError: see `ImageNetPlainNet`.
     """
 
     block = ResidualBlock

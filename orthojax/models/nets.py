@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from orthojax.initializers import delta_orthonormal, orthonormal
+from orthojax.linen import counted_sites
 from orthojax.models.blocks import (
     BASIC,
     BlockLayout,
@@ -18,7 +19,6 @@ from orthojax.models.blocks import (
     ResidualBlock,
 )
 from orthojax.models.stacking import REMATS, Stage
-from orthojax.modulation import Policy, first_link
 
 # Name of an initialiser -> (shape-preserving kernels, kernels that change channels or stride).
 # A delta kernel that drops pixels (stride) or copies channels is no isometry: Gram-Schmidt there.
@@ -70,8 +70,8 @@ class ConvNet(nn.Module):
       bn_groups: batch normalization takes its statistics from this many parts of a batch, each on
         its own; 1 is the whole batch, on however many devices it lies. The number of devices makes
         it a matter of each device. See `orthojax.models.normalization.BatchNorm`.
-      modulation: an `orthojax.Policy`, or None for no modulation; there is a site at the output of
-        every convolution.
+      modulated: whether there is a modulation site at the output of every convolution; then
+        train with `orthojax.modulation`.
       dtype: compute dtype (parameters, statistics and moments are float32).
       scan: stack each stage's equal blocks and run them by `nn.scan`, which compiles in seconds
         at any depth; False unrolls them. `orthojax.models.stack_blocks` and `unstack_blocks`
@@ -84,8 +84,7 @@ class ConvNet(nn.Module):
     Called with images, float (N, H, W, C), and `train`; returns float32 logits (N, classes).
 
     Raises:
-      ValueError: the depth, the initialiser or `remat` is unknown; or `modulation` is given to a
-        residual net, while it is defined for a chain of layers.
+      ValueError: the depth, the initializer or `remat` is unknown.
     """
 
     depth: int
@@ -94,7 +93,7 @@ class ConvNet(nn.Module):
     kernel_init: str | Callable[..., Any] = "orthonormal"
     bn_bias: float = 0.0
     bn_groups: int = 1
-    modulation: Policy | None = None
+    modulated: bool = False
     dtype: Any = jnp.float32
     scan: bool = True
     remat: str = "none"
@@ -103,12 +102,6 @@ class ConvNet(nn.Module):
 
     def __post_init__(self):
         self._architecture()  # fails where there is none
-        if self.modulation is not None and self.block is ResidualBlock:
-            raise ValueError(
-                f"{type(self).__name__} takes no modulation: it is defined between two consecutive "
-                "layers of a chain, and a shortcut gives a layer two neighbours above; leave it "
-                "None"
-            )
         if self.remat not in REMATS or (self.remat == "segments" and not self.scan):
             raise ValueError(
                 f"remat={self.remat!r}, scan={self.scan}: remat is one of {', '.join(REMATS)}; "
@@ -133,17 +126,21 @@ class ConvNet(nn.Module):
         else:
             kernel_init, change_init = (make() for make in KERNEL_INITS[self.kernel_init])
         return LayerSpec(
-            kernel_init, change_init, self.bn_bias, self.modulation, self.dtype, self.bn_groups
+            kernel_init, change_init, self.bn_bias, self.modulated, self.dtype, self.bn_groups
         )
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        with counted_sites():
+            return self._forward(images, train)
+
+    @nn.nowrap
+    def _forward(self, images, train):
         plan, spec = self._architecture(), self._spec()
         stem = ConvBN(self.width, spec, plan.stem_stride, plan.stem_window, name="stem")
-        x, link = stem((images.astype(self.dtype), first_link()), train)
+        x = stem(images.astype(self.dtype), train)
         if plan.max_pool:
             x = MaxPool(name="pool")(x)
-        carry = x, link
         for index, blocks in enumerate(plan.blocks):
             stage = Stage(
                 self.block,
@@ -156,10 +153,9 @@ class ConvNet(nn.Module):
                 remat=self.remat,
                 name=f"stage_{index + 1}",
             )
-            carry = stage(carry, train)
-        x, link = carry
+            x = stage(x, train)
         if plan.last:
-            x, link = ConvBN(self.width * plan.last, spec, name="last")(carry, train)
+            x = ConvBN(self.width * plan.last, spec, name="last")(x, train)
         x = jnp.mean(x.astype(jnp.float32), axis=(1, 2))
         return nn.Dense(self.num_classes, kernel_init=spec.change_init, name="head")(x)
 
@@ -212,7 +208,7 @@ class ResNet(PlainNet):
     """The residual twin of `PlainNet`, with 3×3 projection shortcuts.
 
     Raises:
-      ValueError: `modulation` is given; see also `PlainNet`.
+      ValueError: see `PlainNet`.
     """
 
     block = ResidualBlock

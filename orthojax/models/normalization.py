@@ -24,52 +24,50 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.linen import MOMENTS
-from orthojax.modulation import Policy, init_state, rescaling
+from orthojax.linen import site_of
+from orthojax.modulation import rescaling, vary_like
 
 
 class BatchNorm(nn.Module):
-    """Modulation site, batch normalization and ReLU in one; the first and the last at choice.
+    """Modulation site, batch normalization and ReLU in one; modulation and ReLU are optional.
 
-    The same function, and the same gradient, as `orthojax.linen.Modulation`,
-    `flax.linen.BatchNorm` and `jax.nn.relu` one after the other, in less time and memory.
-    Parameters and statistics have the names, shapes and dtypes of `flax.linen.BatchNorm`; a site's
-    state is the variable `moments`, as in `orthojax.linen.Modulation`.
+    The same function, and the same gradient, as `orthojax.modulate`, `flax.linen.BatchNorm` and
+    `jax.nn.relu` one after the other, in less time and memory. Parameters and statistics have the
+    names, shapes and dtypes of `flax.linen.BatchNorm`; the site is one parameter more.
 
     With `groups` the batch is cut into so many consecutive groups of equal size, and each is
     normalized by its own mean and variance ("ghost" batch normalization; Hoffer et al. 2017,
-    arXiv:1705.08741). With as many groups as devices no statistic crosses devices, which is what
-    `jax.pmap` programs do; and since the number belongs to the model, the result does not depend on
-    the devices there are. The running statistics are averages over the groups.
+    arXiv:1705.08741), and modulated by its own moment. With as many groups as devices no statistic
+    crosses devices, which is what `jax.pmap` programs do; and since the number belongs to the
+    model, the result does not depend on the devices there are. The running statistics are averages
+    over the groups.
 
     Attributes:
       use_running_average: normalize by the running statistics.
       relu: whether `max(y, 0)` follows.
-      policy: of the modulation site; None for none.
+      modulated: whether there is a modulation site in front; see `orthojax.modulation`.
       groups: number of groups; it must divide the batch.
       momentum: of the running statistics.
       epsilon: added to the variance.
       dtype: of the result; statistics are computed in float32.
       bias_init: initializer of the bias.
 
-    Called with x, float (N, ..., C), and a link (see `orthojax.modulate`); returns both, in the
-    same shapes.
+    Called with x, float (N, ..., C); returns the same shape.
 
     Raises:
       ValueError: `groups` does not divide N.
 
     Example:
-      >>> from orthojax import first_link
       >>> norm = BatchNorm(use_running_average=False, groups=2)
       >>> x = jnp.asarray([1.0, 3.0, 10.0, 30.0])[:, None]
-      >>> (y, _), _ = norm.init_with_output(jax.random.key(0), x, first_link())
+      >>> y, _ = norm.init_with_output(jax.random.key(0), x)
       >>> y[:, 0].round(2)
       Array([-1.,  1., -1.,  1.], dtype=float32)
     """
 
     use_running_average: bool
     relu: bool = False
-    policy: Policy | None = None
+    modulated: bool = False
     groups: int = 1
     momentum: float = 0.99
     epsilon: float = 1e-5
@@ -77,7 +75,7 @@ class BatchNorm(nn.Module):
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
 
     @nn.compact
-    def __call__(self, x: jax.Array, link: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array) -> jax.Array:
         features = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
@@ -85,21 +83,19 @@ class BatchNorm(nn.Module):
             self.param("scale", nn.initializers.ones_init(), features, jnp.float32),
             self.param("bias", self.bias_init, features, jnp.float32),
         )
-        state = None
-        if self.policy is not None:
-            state = self.variable(MOMENTS, "moments", init_state).value
+        site = site_of(self) if self.modulated else None
         form = _Form(self.epsilon, self.relu, jnp.dtype(self.dtype))
         if self.use_running_average:
-            return _apply(form, x, mean.value, var.value, *affine), link
+            return _apply(form, x, mean.value, var.value, *affine)
         if x.shape[0] % self.groups:
             raise ValueError(f"{self.groups} groups do not divide a batch of {x.shape[0]}")
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
-        y, *statistics, link = _normalize(form, grouped, *affine, link, state, self.policy)
+        y, *statistics = _normalize(form, grouped, *vary_like(x, (*affine, site)))
         if not self.is_initializing():
             for running, found in zip((mean, var), statistics, strict=True):
                 average = jnp.mean(found.reshape(self.groups, -1), axis=0)
                 running.value = self.momentum * running.value + (1 - self.momentum) * average
-        return y.reshape(x.shape), link
+        return y.reshape(x.shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,24 +117,24 @@ def _apply(form, x, mean, var, scale, bias):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normalize(form, x, scale, bias, link, state, policy):
-    """(groups, N / groups, ..., C) to the same, and mean, variance (groups, 1, ..., C) and link."""
-    del state, policy
+def _normalize(form, x, scale, bias, site):
+    """(groups, N / groups, ..., C) to the same, and mean and variance (groups, 1, ..., C)."""
+    del site
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, _axes(x), keepdims=True)
     # flax.linen.BatchNorm's formula, which needs one pass.
     var = jnp.maximum(0.0, jnp.mean(jnp.square(wide), _axes(x), keepdims=True) - jnp.square(mean))
-    return _apply(form, x, mean, var, scale, bias), mean, var, link
+    return _apply(form, x, mean, var, scale, bias), mean, var
 
 
-def _forward(form, x, scale, bias, link, state, policy):
-    y, mean, var, link = _normalize(form, x, scale, bias, link, state, policy)
-    return (y, mean, var, link), (x, mean, var, scale, bias, state, policy)
+def _forward(form, x, scale, bias, site):
+    y, mean, var = _normalize(form, x, scale, bias, site)
+    return (y, mean, var), (x, mean, var, scale, bias, site)
 
 
 def _backward(form, residuals, cotangents):
-    x, mean, var, scale, bias, state, policy = residuals
-    error, _, _, above = cotangents  # nothing is differentiated through the running statistics
+    x, mean, var, scale, bias, site = residuals
+    error, _, _ = cotangents  # nothing is differentiated through the running statistics
     error = error.astype(jnp.float32)
     root = jax.lax.rsqrt(var + form.epsilon)
     normalized = (x.astype(jnp.float32) - mean) * root
@@ -146,16 +142,18 @@ def _backward(form, residuals, cotangents):
         error = jnp.where(normalized * scale + bias > 0, error, 0)
     average = functools.partial(jnp.mean, axis=_axes(x), keepdims=True)
     a, b = average(error), average(error * normalized)
-    factor, new_state = scale * root, None
-    if policy is not None:
+    factor, measured = scale * root, None
+    if site is not None:
         power = average(jnp.square(error)) - a**2 - (2 - var * root**2) * b**2
-        below = jnp.mean(jnp.square(factor) * jnp.maximum(power, 0))
-        rho, above, new_state = rescaling(below, above, state, policy)
-        factor = rho * factor
+        # One moment for each group, so that none waits for another's.
+        moments = jnp.mean(jnp.square(factor) * jnp.maximum(power, 0), axis=tuple(range(1, x.ndim)))
+        rho, measured = jax.vmap(lambda moment: rescaling(moment, site, x.dtype))(moments)
+        measured = jnp.mean(measured, axis=0)
+        factor = rho.reshape(-1, *(1,) * (x.ndim - 1)) * factor
     delta = (factor * (error - a - b * normalized)).astype(x.dtype)
     count = x.size // (x.shape[0] * x.shape[-1])
     gradients = (count * jnp.sum(s.reshape(-1, x.shape[-1]), axis=0) for s in (b, a))
-    return delta, *gradients, above, new_state, jax.tree.map(jnp.zeros_like, policy)
+    return delta, *gradients, measured
 
 
 _normalize.defvjp(_forward, _backward)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.linen import MOMENTS
 from orthojax.models.blocks import BlockLayout, LayerSpec
 
 _PREFIX = "block_"
@@ -45,34 +44,34 @@ class Stage(nn.Module):
         return block(self.features, self.spec, stride, self.layout, name=name)
 
     @nn.compact
-    def __call__(self, carry, train: bool):
+    def __call__(self, x, train: bool):
         equal = self.blocks
-        if self.stride != 1 or carry[0].shape[-1] != self.features * self.layout.expansion:
-            carry = self._block("entry", self.stride)(carry, train)
+        if self.stride != 1 or x.shape[-1] != self.features * self.layout.expansion:
+            x = self._block("entry", self.stride)(x, train)
             equal -= 1
         if not self.scan:
             for index in range(equal):
-                carry = self._block(f"{_PREFIX}{index}")(carry, train)
+                x = self._block(f"{_PREFIX}{index}")(x, train)
         elif equal and self.remat == "segments" and not self.is_initializing():
-            carry = self._segmented(carry, equal, train)
+            x = self._segmented(x, equal, train)
         elif equal:
             scanned = nn.scan(
-                lambda block, carry, _: (block(carry, train), None),
-                variable_axes={"params": 0, "batch_stats": 0, MOMENTS: 0},
+                lambda block, x, _: (block(x, train), None),
+                variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
                 length=equal,
             )
-            carry, _ = scanned(self._block(_SCANNED), carry, None)
-        return carry
+            x, _ = scanned(self._block(_SCANNED), x, None)
+        return x
 
-    def _segmented(self, carry, blocks: int, train: bool):
+    def _segmented(self, x, blocks: int, train: bool):
         """The scanned blocks as a scan over segments, on the same variables."""
         variables = {name: tree[_SCANNED] for name, tree in self.variables.items()}
         block = self.block(self.features, self.spec, 1, self.layout, parent=None)
 
-        def call(carry, variables):
-            carry, updated = block.apply(variables, carry, train, mutable=["batch_stats"])
-            return carry, updated["batch_stats"]
+        def call(x, variables):
+            x, updated = block.apply(variables, x, train, mutable=["batch_stats"])
+            return x, updated["batch_stats"]
 
         # A scan's two loops keep XLA from merging what is computed twice.
         again = functools.partial(jax.checkpoint, prevent_cse=False)
@@ -83,14 +82,14 @@ class Stage(nn.Module):
         def fold(leaf):
             return leaf[:whole].reshape(whole // length, length, *leaf.shape[1:])
 
-        carry, statistics = jax.lax.scan(segment, carry, jax.tree.map(fold, variables))
+        x, statistics = jax.lax.scan(segment, x, jax.tree.map(fold, variables))
         statistics = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), statistics)
         if whole < blocks:
-            carry, rest = segment(carry, jax.tree.map(lambda leaf: leaf[whole:], variables))
+            x, rest = segment(x, jax.tree.map(lambda leaf: leaf[whole:], variables))
             statistics = jax.tree.map(lambda *parts: jnp.concatenate(parts), statistics, rest)
         if self.is_mutable_collection("batch_stats"):
             self.put_variable("batch_stats", _SCANNED, statistics)
-        return carry
+        return x
 
 
 def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:

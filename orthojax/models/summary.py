@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from orthojax.describe import describe
+from orthojax.modulation import weights_only
 
 _HEADINGS = ("stage", "output", "layers", "parameters", "multiply-adds")
 
@@ -122,5 +123,5 @@ def _stage(name, params, outputs):
             *positions, _ = outputs[row.path.rpartition("/")[0]]
             layers += row.blocks
             multiply_adds += row.blocks * math.prod(row.fan) * math.prod(positions)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(weights_only(params)))
     return StageSummary(name, outputs[name], layers, parameters, multiply_adds)

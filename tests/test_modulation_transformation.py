@@ -1,0 +1,350 @@
+"""`orthojax.modulation` against float64 references, and inside other people's optimizers."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training.dynamic_scale import DynamicScale
+from flax.training.train_state import TrainState
+
+import orthojax
+from orthojax import init_site, modulate, modulation
+from orthojax.modulation import SITE, find_state
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+GAINS = (3.0, 0.2, 5.0, 0.1, 2.0)  # unequal, so that every site has something to rescale
+DEPTH, WIDTH, BATCH = len(GAINS), 8, 16
+INNER = optax.chain(orthojax.optax_ortho(0.01), optax.sgd(0.02, momentum=0.9))
+
+
+def make_params(depth=DEPTH, sites=True):
+    keys = jax.random.split(jax.random.key(0), depth)
+    params = []
+    for index, key in enumerate(keys):
+        params.append({"kernel": jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5})
+        if sites:
+            params[-1][SITE] = init_site(index)
+    return params
+
+
+def make_batch(step):
+    return jax.random.normal(jax.random.key(100 + step), (BATCH, WIDTH))
+
+
+def loss(params, x, scale=1.0):
+    for gain, layer in zip(GAINS, params, strict=True):
+        x = gain * x @ layer["kernel"]
+        if SITE in layer:
+            x = modulate(x, layer[SITE])
+        x = jnp.tanh(x)
+    return scale * jnp.mean(jnp.square(x - 1))
+
+
+@jax.jit
+def grad(params, x):
+    return jax.grad(loss)(params, x)
+
+
+def train(tx, steps=6, params=None, gradient=grad):
+    """Operation by operation, so that what is equal is equal in every bit."""
+    params = make_params() if params is None else params
+    state = tx.init(params)
+    for step in range(steps):
+        updates, state = tx.update(gradient(params, make_batch(step)), state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def alone(inner):
+    """The optimizer on the weights, with sites that stay as they are: the same gradients."""
+    return optax.multi_transform(
+        {"weights": inner, "sites": optax.set_to_zero()},
+        [{"kernel": "weights", SITE: "sites"}] * DEPTH,
+    )
+
+
+def kernels(params):
+    return [layer["kernel"] for layer in params]
+
+
+def stacked_sites(params):
+    return np.asarray([layer[SITE] for layer in params], np.float64)
+
+
+def test_the_reference_is_the_running_moment_of_the_topmost_site():
+    """By hand, in float64: a plain mean at first, then the decay."""
+    tx, params, decay, tolerance = (
+        modulation(INNER, decay=0.6, tolerance=4.0),
+        make_params(),
+        0.6,
+        4,
+    )
+    state, running = tx.init(params), 0.0
+    for step in range(5):
+        grads = grad(params, make_batch(step))
+        top = float(grads[-1][SITE][0])
+        keep = min(decay, step / (step + 1))
+        running = keep * running + (1 - keep) * top
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        sites = stacked_sites(params)
+        np.testing.assert_allclose(sites[:-1, 0], running / tolerance, rtol=1e-5)
+        np.testing.assert_allclose(sites[:-1, 1], running * tolerance, rtol=1e-5)
+        np.testing.assert_array_equal(sites[-1], [0, 0, DEPTH - 1])  # the reference itself is free
+        np.testing.assert_array_equal(sites[:, 2], np.arange(DEPTH))
+    np.testing.assert_allclose(state.reference, running, rtol=1e-5)
+    assert state.count == state.measured == 5
+
+
+def test_the_state_tells_what_was_measured_and_applied():
+    params, _ = train(modulation(INNER, tolerance=1.0), 3)
+    tx = modulation(INNER, tolerance=1.0)
+    grads = grad(params, make_batch(3))
+    _, state = tx.update(grads, tx.init(params), params)
+    moments = np.asarray([layer[SITE][0] for layer in grads], np.float64)
+    np.testing.assert_allclose(list(state.moments.values()), moments, rtol=1e-6)
+    expected = np.sqrt(stacked_sites(params)[:-1, 0] / moments[:-1])
+    np.testing.assert_allclose(list(state.scales.values())[:-1], expected, rtol=1e-5)
+    assert list(state.scales.values())[-1] == 1
+    # The growth that there would be without: from the moments of the bare net.
+    bare = grad([{**layer, SITE: init_site(i)} for i, layer in enumerate(params)], make_batch(3))
+    true = np.log([float(layer[SITE][0]) for layer in bare])
+    np.testing.assert_allclose(state.log_growth, np.abs(true - true[-1]).max(), rtol=1e-4)
+
+
+def test_the_first_update_only_measures():
+    """Its error met no bounds: the weights wait, and the optimizer sees a gradient of zero."""
+    before = make_params()
+    after, state = train(modulation(optax.sgd(0.02, momentum=0.9)), 1)
+    for old, new in zip(kernels(before), kernels(after), strict=True):
+        np.testing.assert_array_equal(old, new)
+    assert (stacked_sites(after)[:-1, :2] > 0).all()
+    assert all((trace == 0).all() for trace in jax.tree.leaves(state.inner_state))
+
+
+@pytest.mark.parametrize("off", [{"tolerance": float("inf")}, {"steps": 0}, {"steps": 1}])
+def test_switched_off_it_trains_like_the_optimizer_alone_bit_for_bit(off):
+    params, state = train(modulation(INNER, **off))
+    expected, _ = train(alone(INNER))
+    for actual, wanted in zip(kernels(params), kernels(expected), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+    assert all(float(moment) > 0 for moment in state.moments.values())  # and it observes
+
+
+def test_it_modulates_in_the_first_steps_only():
+    low = [stacked_sites(train(modulation(INNER, steps=3), n)[0])[0, 0] for n in range(1, 5)]
+    assert low[0] > 0 and low[1] > 0 and low[2] == low[3] == 0
+
+
+def test_it_switches_itself_off_once_the_growth_is_under_a_bound():
+    """Not before the average has filled, and for good."""
+    tx = modulation(INNER, until=1e9, decay=0.5)
+    assert stacked_sites(train(tx, 1)[0])[0, 0] > 0
+    params, state = train(tx, 3)
+    assert state.off and (stacked_sites(params)[:, :2] == 0).all()
+    state = state._replace(log_growth=jnp.float32(1e9))
+    assert tx.update(grad(params, make_batch(3)), state, params)[1].off
+    assert not train(modulation(INNER, until=1.5, decay=0.5), 3)[1].off
+
+
+def test_no_site_reaches_the_inner_optimizer():
+    """Clipping by the global norm and decay see weights alone."""
+    inner = optax.chain(
+        optax.clip_by_global_norm(1e-3), optax.add_decayed_weights(0.1), optax.adam(1e-2)
+    )
+    params, state = train(modulation(inner, tolerance=float("inf")))
+    expected, _ = train(alone(inner))
+    for actual, wanted in zip(kernels(params), kernels(expected), strict=True):
+        np.testing.assert_array_equal(actual, wanted)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(state.inner_state)}
+    assert shapes == {(), (WIDTH, WIDTH)}
+
+
+def test_a_site_that_did_not_run_keeps_what_it_knew():
+    tx, (params, state) = modulation(INNER), train(modulation(INNER), 3)
+    grads = grad(params, make_batch(3))
+    absent = [{**g, SITE: 0 * g[SITE]} if i in (1, DEPTH - 1) else g for i, g in enumerate(grads)]
+    _, after = tx.update(absent, state, params)
+    for index, (old, new) in enumerate(
+        zip(state.moments.values(), after.moments.values(), strict=True)
+    ):
+        assert (old == new) == (index in (1, DEPTH - 1))
+    assert after.reference == state.reference and after.measured == state.measured
+
+
+@pytest.mark.parametrize("value", [0.0, float("inf"), float("nan")])
+def test_an_error_that_vanished_or_overflowed_leaves_the_reference_alone(value):
+    tx, (params, state) = modulation(INNER), train(modulation(INNER), 3)
+    grads = jax.grad(lambda p: value * loss(p, make_batch(3)))(params)
+    updates, after = tx.update(grads, state, params)
+    assert after.reference == state.reference
+    np.testing.assert_array_equal(list(after.moments.values()), list(state.moments.values()))
+    after = stacked_sites(optax.apply_updates(params, updates))
+    np.testing.assert_allclose(after, stacked_sites(params), rtol=1e-6)
+
+
+def scaled(factor):
+    def gradient(params, x):
+        grads = jax.grad(loss)(params, x, factor(params))
+        return jax.tree.map(lambda g: g / factor(params), grads)
+
+    return gradient
+
+
+def test_a_constant_loss_scale_changes_nothing_bit_for_bit():
+    tx = modulation(INNER, tolerance=1.0)
+    expected, state = train(tx)
+    actual, scaled_state = train(tx, gradient=jax.jit(scaled(lambda _: 2.0**14)))
+    for one, other in zip(kernels(actual), kernels(expected), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert scaled_state.reference == state.reference
+
+
+def test_a_loss_scale_that_changes_is_followed_within_a_step():
+    """By Flax's DynamicScale; the sites of the next step have bounds for the new scale."""
+    tx, params = modulation(INNER, tolerance=1.0), make_params()
+    state, dynamic, found = tx.init(params), DynamicScale(scale=2.0**10, growth_interval=2), []
+    for _ in range(8):
+        dynamic, finite, _, grads = dynamic.value_and_grad(loss)(params, make_batch(0))
+        assert finite
+        scale = 1 / float(grads[0][SITE][1])
+        found.append((scale, float(params[0][SITE][0]) / scale**2))
+        # The same parameters again and again: nothing but the scale changes.
+        updates, state = tx.update(grads, state, params)
+        params = [{**p, SITE: p[SITE] + u[SITE]} for p, u in zip(params, updates, strict=True)]
+    assert found[-1][0] >= 4 * found[0][0]
+    for (before, _), (scale, reference) in itertools.pairwise(found):
+        expected = float(state.reference) * (before / scale) ** 2
+        np.testing.assert_allclose(reference, expected, rtol=1e-5)
+
+
+def test_microbatches_by_multi_steps_train_like_the_joint_batch():
+    """The loss of a microbatch is a mean of its own: errors are k times the joint batch's."""
+    tx = modulation(INNER, tolerance=1.0)
+    joint, state = train(tx, 3)
+    accumulated = optax.MultiSteps(tx, 2)
+    params, multi = make_params(), accumulated.init(make_params())
+    for step in range(6):
+        half = jnp.split(make_batch(step // 2), 2)[step % 2]
+        updates, multi = accumulated.update(grad(params, half), multi, params)
+        params = optax.apply_updates(params, updates)
+    for actual, expected in zip(kernels(params), kernels(joint), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=2e-3)
+    assert find_state(multi).count == state.count == 3
+    np.testing.assert_allclose(find_state(multi).reference, 4 * state.reference, rtol=0.5)
+
+
+def test_apply_if_finite_skips_and_goes_on():
+    tx = optax.apply_if_finite(modulation(INNER), 3)
+    params, state = train(tx, 2)
+    bad = jax.tree.map(lambda g: g * jnp.nan, grad(params, make_batch(2)))
+    updates, after = tx.update(bad, state, params)
+    assert all((u == 0).all() for u in jax.tree.leaves(updates))
+    assert find_state(after).count == find_state(state).count == 2
+
+
+def test_its_numbers_may_be_traced_and_injected():
+    tx = optax.inject_hyperparams(modulation, static_args="inner")(inner=INNER, tolerance=1.0)
+    params = make_params()
+    state = tx.init(params)
+    update = jax.jit(tx.update)
+    for tolerance in (2.0, 5.0):
+        state.hyperparams["tolerance"] = jnp.float32(tolerance)
+        updates, state = update(grad(params, make_batch(0)), state, params)
+        sites = stacked_sites(optax.apply_updates(params, updates))
+        np.testing.assert_allclose(sites[0, 1] / sites[0, 0], tolerance**2, rtol=1e-5)
+    assert update._cache_size() == 1
+
+
+def test_a_stack_of_layers_has_its_last_on_top():
+    params = {"low": {SITE: init_site(0)}, "stack": {SITE: init_site(1, (4,))}}
+    grads = jax.tree.map(lambda s: jnp.ones_like(s).at[..., 0].set(7.0), params)
+    grads["stack"][SITE] = grads["stack"][SITE].at[3, 0].set(2.0)
+    tx = modulation(optax.identity(), tolerance=1.0)
+    updates, state = tx.update(grads, tx.init(params), params)
+    sites = optax.apply_updates(params, updates)["stack"][SITE]
+    assert state.reference == 2
+    np.testing.assert_array_equal(sites[:, 0], [2, 2, 2, 0])
+
+
+def test_sites_at_the_output_only_measure():
+    params = {"a": {SITE: init_site(0)}, "b": {SITE: init_site(1)}, "head": {SITE: init_site(-1)}}
+    grads = jax.tree.map(lambda s: jnp.asarray([3.0, 1.0, 0.0]), params)
+    tx = modulation(optax.identity())
+    updates, state = tx.update(grads, tx.init(params), params)
+    sites = optax.apply_updates(params, updates)
+    assert sites["a"][SITE][0] > 0 and (sites["head"][SITE][:2] == 0).all()
+    assert float(state.moments[f"head/{SITE}"]) == 3
+
+
+def test_a_thousand_layers_start_in_flax_train_state_with_nothing_more():
+    """No calibration: the pass before the first update is finite, the second has its bounds."""
+    depth, width = 1000, 16
+    keys = jax.random.split(jax.random.key(0))
+    params = {
+        "kernel": jax.random.normal(keys[0], (depth, width, width)) / width**0.5,
+        SITE: init_site(0, (depth,)),
+    }
+    x = jax.random.normal(keys[1], (64, width))
+
+    def deep_loss(params, x):
+        def step(x, layer):
+            x = modulate(x @ layer["kernel"], layer[SITE])
+            return jax.nn.relu((x - x.mean(0)) * jax.lax.rsqrt(x.var(0) + 1e-5)), None
+
+        return jnp.mean(jnp.square(jax.lax.scan(step, x, params)[0] - 1))
+
+    tx = modulation(optax.sgd(0.1, momentum=0.9), tolerance=1.0)
+    state = TrainState.create(apply_fn=deep_loss, params=params, tx=tx)
+
+    @jax.jit
+    def train_step(state):
+        grads = jax.grad(state.apply_fn)(state.params, x)
+        return state.apply_gradients(grads=grads), grads["kernel"]
+
+    for _ in range(3):
+        state, grads = train_step(state)
+        norms = jnp.linalg.norm(grads, axis=(1, 2))
+        assert jnp.isfinite(grads).all()
+    assert float(norms.max() / norms.min()) < 10
+    assert jnp.isfinite(state.params["kernel"]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tolerance": 0.5}, "tolerance=0.5 must be at least 1"),
+        ({"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
+        ({"steps": -1}, "steps=-1 must be at least 0"),
+        ({"until": 0.1}, "until=0.1 must be at least 1"),
+    ],
+)
+def test_bad_numbers_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        modulation(INNER, **arguments)
+
+
+def test_a_model_without_sites_is_refused():
+    with pytest.raises(ValueError, match="no parameter is called `modulation_site`"):
+        modulation(INNER).init(make_params(sites=False))
+    tx, params = modulation(INNER), make_params()
+    with pytest.raises(ValueError, match="params"):
+        tx.update(grad(params, make_batch(0)), tx.init(params))
+
+
+def test_state_of_shapes_alone():
+    shapes = jax.eval_shape(modulation(INNER).init, jax.eval_shape(make_params))
+    assert shapes.moments[f"0/{SITE}"].shape == ()
+
+
+def test_dtypes_and_structure_are_kept():
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), make_params())
+    tx = modulation(optax.sgd(0.1))
+    grads = jax.tree.map(functools.partial(jnp.full_like, fill_value=0.1), params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
