@@ -67,7 +67,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "decay": 0.9,
                 "tolerance": 10.0,
                 "steps": round(MODULATED_FRACTION * steps),
-                "until": 1.0,
             },
             "regularizer": {"name": "ortho", "coefficient": 1e-4},
             "optimizer": {"name": "sgd", "learning_rate": 0.02 if mini else 0.1, "momentum": 0.9},

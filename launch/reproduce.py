@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
-BEYOND = ("gap", "ablation", "depth")
+BEYOND = ("modulation", "gap", "ablation", "depth")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,7 +178,6 @@ class ModulationState(NamedTuple):
       reference: float32, running second moment of the error at the topmost site.
       log_growth: float32, running mean of the logarithm of the largest factor by which the moment
         of the error, had nothing rescaled it, would differ from that at the topmost site.
-      off: bool, whether modulation has switched itself off.
       moments: by path of a site, the moment that arrived when it last ran; float32, with the
         leading axes of the site.
       scales: likewise, the ρ that was applied.
@@ -189,7 +188,6 @@ class ModulationState(NamedTuple):
     measured: jax.Array
     reference: jax.Array
     log_growth: jax.Array
-    off: jax.Array
     moments: dict[str, jax.Array]
     scales: dict[str, jax.Array]
 
@@ -199,12 +197,10 @@ def modulation(
     *,
     tolerance: Any = 10.0,
     steps: Any = float("inf"),
-    until: Any = 1.0,
     decay: Any = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
     _check("tolerance", tolerance, lambda v: v >= 1, "at least 1")
     _check("steps", steps, lambda v: v >= 0, "at least 0")
-    _check("until", until, lambda v: v >= 1, "at least 1")
     _check("decay", decay, lambda v: 0 <= v < 1, "in [0, 1)")
     of_weights = optax.masked(optax.with_extra_args_support(inner), _weights)
 
@@ -222,7 +218,6 @@ def modulation(
             measured=jnp.zeros((), jnp.int32),
             reference=jnp.zeros((), jnp.float32),
             log_growth=jnp.zeros((), jnp.float32),
-            off=jnp.zeros((), bool),
             moments=zeros,
             scales=jax.tree.map(jnp.ones_like, zeros),
         )
@@ -249,8 +244,7 @@ def modulation(
         log_growth = average(
             state.log_growth, _log_growth(moment[downwards], scale[downwards], ran[downwards])
         )
-        off = state.off | ((measured * (1 - decay) >= 1) & (log_growth < jnp.log(until)))
-        modulating = (state.count + 1 < steps) & ~off & (tolerance < jnp.inf)
+        modulating = (state.count + 1 < steps) & (tolerance < jnp.inf)
 
         bound = reference / jnp.square(jnp.where(ran[top], weight[top], 1))
         low, high = bound / jnp.float32(tolerance), bound * jnp.float32(tolerance)
@@ -269,7 +263,7 @@ def modulation(
         rows = jnp.concatenate([leaf.ravel() for leaf in state.scales.values()])
         scales = _unflatten(jnp.where(ran, scale, rows), state.scales)
         return updates, ModulationState(
-            inner_state, state.count + 1, measured, reference, log_growth, off, moments, scales
+            inner_state, state.count + 1, measured, reference, log_growth, moments, scales
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -141,17 +141,6 @@ def test_it_modulates_in_the_first_steps_only():
     assert low[0] > 0 and low[1] > 0 and low[2] == low[3] == 0
 
 
-def test_it_switches_itself_off_once_the_growth_is_under_a_bound():
-    """Not before the average has filled, and for good."""
-    tx = modulation(INNER, until=1e9, decay=0.5)
-    assert stacked_sites(train(tx, 1)[0])[0, 0] > 0
-    params, state = train(tx, 3)
-    assert state.off and (stacked_sites(params)[:, :2] == 0).all()
-    state = state._replace(log_growth=jnp.float32(1e9))
-    assert tx.update(grad(params, make_batch(3)), state, params)[1].off
-    assert not train(modulation(INNER, until=1.5, decay=0.5), 3)[1].off
-
-
 def test_no_site_reaches_the_inner_optimizer():
     """Clipping by the global norm and decay see weights alone."""
     inner = optax.chain(
@@ -321,7 +310,6 @@ def test_a_thousand_layers_start_in_flax_train_state_with_nothing_more():
         ({"tolerance": 0.5}, "tolerance=0.5 must be at least 1"),
         ({"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
         ({"steps": -1}, "steps=-1 must be at least 0"),
-        ({"until": 0.1}, "until=0.1 must be at least 1"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message):
