@@ -1,8 +1,10 @@
 """Very deep convolutional networks without shortcuts, by orthonormality and modulation."""
 
+import importlib
+
 from orthojax.describe import describe
 from orthojax.initializers import delta_orthonormal, orthonormal
-from orthojax.modulation import init_site, modulate, modulation
+from orthojax.modulation import init_site, modulate, modulation, read
 from orthojax.ortho import (
     decoupled_ortho,
     mean_correlation,
@@ -21,6 +23,7 @@ __all__ = [
     "describe",
     "describe_net",
     "init_site",
+    "linen",
     "modulate",
     "modulation",
     "mean_correlation",
@@ -29,13 +32,15 @@ __all__ = [
     "orthonormality_error",
     "orthonormal",
     "project_orthonormal",
+    "read",
     "views",
 ]
 
 
 def __getattr__(name):
-    if name == "describe_net":  # it needs Flax, the rest does not
-        from orthojax.models.summary import describe_net
-
-        return describe_net
+    # What needs Flax; the rest does not.
+    if name == "linen":
+        return importlib.import_module("orthojax.linen")
+    if name == "describe_net":
+        return importlib.import_module("orthojax.models.summary").describe_net
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

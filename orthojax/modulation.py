@@ -20,10 +20,12 @@ Sites know nothing of each other, so chains, branches, shortcuts, scans, remater
 layers that are used twice need nothing special.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 #: A parameter is a site if this is its name, in whichever framework.
@@ -181,6 +183,7 @@ class ModulationState(NamedTuple):
       moments: by path of a site, the moment that arrived when it last ran; float32, with the
         leading axes of the site.
       scales: likewise, the ρ that was applied.
+      positions: likewise, where the site stands.
     """
 
     inner_state: Any
@@ -190,6 +193,7 @@ class ModulationState(NamedTuple):
     log_growth: jax.Array
     moments: dict[str, jax.Array]
     scales: dict[str, jax.Array]
+    positions: dict[str, jax.Array]
 
 
 def modulation(
@@ -199,6 +203,59 @@ def modulation(
     steps: Any = float("inf"),
     decay: Any = 0.9,
 ) -> optax.GradientTransformationExtraArgs:
+    r"""Wraps an optimizer so that it trains a model with modulation sites.
+
+    The weights go to `inner`, which never sees a site, so that clipping, decay and penalties are
+    those of the weights alone. Of the sites it takes what they measured, keeps the running moment
+    :math:`\bar q` of the error at the topmost site, and gives every other site the bounds
+    :math:`[\bar q / T, \bar q\,T]` for the next backward pass. The topmost site rescales nothing;
+    neither does one at the output of the net.
+
+    The error of the first update met no bounds, and in a very deep net it is wrong by orders of
+    magnitude: so the first update only measures, and `inner` is given a gradient of zero.
+
+    A site that did not run, or whose error vanished or overflowed, keeps what it knew. A constant
+    loss scale changes nothing; one that changes is followed within a step. Wrap this in
+    `optax.MultiSteps` or `optax.apply_if_finite`, not the other way round, and keep gradient
+    clipping inside `inner`: from outside it would count the sites.
+
+    Args:
+      inner: any optax transformation, the whole of the optimizer.
+      tolerance: :math:`T \ge 1`, a budget for the whole way down: by what factor the second moment
+        of the error may differ from that at the topmost site. 1 makes all equal. Infinity only
+        observes, and the weights are trained by `inner` alone, bit for bit.
+      steps: modulate during the first `steps` updates only; infinity is always.
+      decay: of the running moment, in [0, 1); a plain mean until `1 / (1 - decay)` are measured.
+
+    Numbers may be traced, or set by `optax.inject_hyperparams`.
+
+    Returns:
+      A transformation whose state is :class:`ModulationState`; see :func:`read` for what it knows.
+      `update` needs `params`.
+
+    Raises:
+      ValueError: a number is impossible; at `init`, no parameter is a site.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> params = [{"kernel": 0.1 * jnp.eye(4), SITE: init_site(k)} for k in range(3)]
+      >>> def loss(params, x):
+      ...     for layer in params:
+      ...         x = modulate(x @ layer["kernel"], layer[SITE])
+      ...     return jnp.mean((x - 1) ** 2)
+      >>> tx = modulation(optax.sgd(0.1, momentum=0.9), tolerance=1.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(3):
+      ...     grads = jax.grad(loss)(params, jnp.ones((2, 4)))
+      ...     updates, state = tx.update(grads, state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> print(read(state))
+      layer  moment   scale   growth
+      0      9.0e-04   8.33    0.01
+      1      6.5e-04   9.83    0.01
+      2      6.2e-02   1.00
+      unmodulated, the moment of the error would change by 10^-3.8 on its way down
+    """
     _check("tolerance", tolerance, lambda v: v >= 1, "at least 1")
     _check("steps", steps, lambda v: v >= 0, "at least 0")
     _check("decay", decay, lambda v: 0 <= v < 1, "in [0, 1)")
@@ -220,6 +277,7 @@ def modulation(
             log_growth=jnp.zeros((), jnp.float32),
             moments=zeros,
             scales=jax.tree.map(jnp.ones_like, zeros),
+            positions={path: leaf[..., 2].astype(jnp.float32) for path, leaf in sites.items()},
         )
 
     def update(updates, state, params=None, **extra):
@@ -263,10 +321,82 @@ def modulation(
         rows = jnp.concatenate([leaf.ravel() for leaf in state.scales.values()])
         scales = _unflatten(jnp.where(ran, scale, rows), state.scales)
         return updates, ModulationState(
-            inner_state, state.count + 1, measured, reference, log_growth, moments, scales
+            inner_state,
+            state.count + 1,
+            measured,
+            reference,
+            log_growth,
+            moments,
+            scales,
+            state.positions,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class SiteReading(NamedTuple):
+    """What one site last did.
+
+    Attributes:
+      path: of the layer; a layer of a stack has its index behind it.
+      moment: second moment of the error that arrived.
+      scale: the ρ that it was multiplied with.
+      growth: moment that arrived over the one that left the site above; None at the topmost site,
+        and at outputs of the net.
+    """
+
+    path: str
+    moment: float
+    scale: float
+    growth: float | None
+
+
+class Readings(tuple):
+    """The :class:`SiteReading` of every site, from the input upwards; `print` it."""
+
+    def __str__(self) -> str:
+        width = max(len("layer"), *(len(row.path) for row in self))
+        lines = [f"{'layer':{width}}  moment   scale   growth"]
+        for row in self:
+            growth = "" if row.growth is None else f"  {row.growth:6.2f}"
+            lines.append(f"{row.path:{width}}  {row.moment:.1e}  {row.scale:5.2f}{growth}")
+        total = sum(math.log10(row.growth) for row in self if row.growth)
+        lines.append(
+            f"unmodulated, the moment of the error would change by 10^{total:.1f} on its way down"
+        )
+        return "\n".join(lines)
+
+
+def read(opt_state: Any) -> Readings:
+    """Lists what every site last measured and applied: a ledger of how the error grows, and where.
+
+    Args:
+      opt_state: with the state of :func:`modulation` somewhere in it.
+
+    Returns:
+      A tuple of :class:`SiteReading`, from the input upwards.
+
+    Raises:
+      ValueError: there is no state of :func:`modulation`.
+    """
+    state = find_state(opt_state)
+    if state is None:
+        raise ValueError("no state of orthojax.modulation in this optimizer state")
+    sites = []
+    for path, moments in jax.device_get(state.moments).items():
+        name = "/".join(key for key in path.split("/") if key not in (SITE, "value"))
+        positions, scales = (jax.device_get(d[path]) for d in (state.positions, state.scales))
+        for index in np.ndindex(moments.shape):
+            label = name + "".join(f"[{i}]" for i in index)
+            sites.append((float(positions[index]), index, label, moments[index], scales[index]))
+    sites.sort(key=lambda site: (site[0] < 0, site[:2]))
+    rows, left = [], None
+    for position, _, label, moment, scale in reversed(sites):
+        growth = float(moment / left) if left and position >= 0 else None
+        if position >= 0 and moment > 0:
+            left = float(scale) ** 2 * float(moment)
+        rows.append(SiteReading(label, float(moment), float(scale), growth))
+    return Readings(reversed(rows))
 
 
 def find_state(opt_state: Any) -> ModulationState | None:

@@ -336,3 +336,30 @@ def test_dtypes_and_structure_are_kept():
     grads = jax.tree.map(functools.partial(jnp.full_like, fill_value=0.1), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda p: p.dtype, params)
+
+
+def test_reading_lists_the_sites_upwards_with_the_growth_between_them():
+    params, _ = train(modulation(INNER, tolerance=1.0), 2)
+    tx = modulation(INNER, tolerance=1.0)
+    grads = grad(params, make_batch(2))
+    _, state = optax.chain(tx).update(grads, optax.chain(tx).init(params), params)
+    rows = orthojax.read(state)
+    assert [row.path for row in rows] == [str(index) for index in range(DEPTH)]
+    bare = grad([{**layer, SITE: init_site(i)} for i, layer in enumerate(params)], make_batch(2))
+    true = np.asarray([float(layer[SITE][0]) for layer in bare])
+    assert rows[-1].growth is None
+    np.testing.assert_allclose([r.growth for r in rows[:-1]], true[:-1] / true[1:], rtol=1e-3)
+    total = np.log10(true[0] / true[-1])
+    assert str(rows).splitlines()[-1].endswith(f"by 10^{total:.1f} on its way down")
+    with pytest.raises(ValueError, match="no state of orthojax.modulation"):
+        orthojax.read(optax.sgd(0.1).init(params))
+
+
+def test_reading_a_stack_and_outputs():
+    params = {
+        "head": {SITE: init_site(-1)},
+        "stack": {SITE: init_site(1, (2,))},
+        "stem": {SITE: init_site(0)},
+    }
+    rows = orthojax.read(modulation(optax.identity()).init(params))
+    assert [row.path for row in rows] == ["stem", "stack[0]", "stack[1]", "head"]
