@@ -4,7 +4,7 @@ import importlib
 
 from orthojax.describe import describe
 from orthojax.initializers import delta_orthonormal, orthonormal
-from orthojax.modulation import init_site, modulate, modulation, read
+from orthojax.modulator import modulation, read
 from orthojax.ortho import (
     decoupled_ortho,
     mean_correlation,
@@ -14,6 +14,7 @@ from orthojax.ortho import (
     project_orthonormal,
     views,
 )
+from orthojax.sites import init_site, modulate
 
 __version__ = "0.1.0"
 

@@ -14,7 +14,7 @@ from orthojax import data
 from orthojax.config import bind
 from orthojax.errors import ConfigError
 from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, ResNet
-from orthojax.modulation import modulation
+from orthojax.modulator import modulation
 from orthojax.optimizers import bind_named, make_optimizer
 from orthojax.sharding import batch_sharding, make_mesh
 

@@ -10,7 +10,7 @@ import flax.errors
 import jax
 from flax import linen as nn
 
-from orthojax.modulation import SITE, init_site, modulate
+from orthojax.sites import SITE, init_site, modulate
 
 PARAMETRIC = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
 

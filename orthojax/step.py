@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from orthojax.modulation import weights_only
+from orthojax.sites import weights_only
 from orthojax.state import TrainState
 
 Metrics = dict[str, jax.Array]

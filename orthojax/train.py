@@ -21,11 +21,11 @@ from orthojax.errors import DivergenceError
 from orthojax.experiment import Experiment, build
 from orthojax.interrupt import Interrupted, StopRequest, stop_on_signals
 from orthojax.metrics import MetricWriter, NullWriter, read_metrics
-from orthojax.modulation import weights_only
 from orthojax.observe import observe
 from orthojax.programs import Programs, compile_programs
 from orthojax.progress import Progress
 from orthojax.sharding import replicated
+from orthojax.sites import weights_only
 from orthojax.state import TrainState
 from orthojax.storage import to_path
 from orthojax.workdir import claim, write_json_atomic

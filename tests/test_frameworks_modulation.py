@@ -17,7 +17,8 @@ from flax import nnx
 
 from orthojax import init_site, modulate, modulation
 from orthojax.linen import Modulated
-from orthojax.modulation import SITE, find_state
+from orthojax.modulator import find_state
+from orthojax.sites import SITE
 from tests.digits_batch import cross_entropy, digits
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

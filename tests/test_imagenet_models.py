@@ -20,7 +20,7 @@ from orthojax.models import (
 from orthojax.models.blocks import LayerSpec, PlainBlock, ResidualBlock
 from orthojax.models.imagenet import BOTTLENECKS
 from orthojax.models.stacking import Stage
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 
 IMAGE = (224, 224, 3)
 KINDS = [ImageNetPlainNet, ImageNetResNet]

@@ -11,7 +11,7 @@ from orthojax.analysis.growth import log_growth
 from orthojax.errors import ConfigError
 from orthojax.isometry import error_growth, isometric_bias
 from orthojax.models import PlainNet
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 
 
 @pytest.mark.parametrize("bias", [-0.5, 0.0, 0.3, 1.0, 2.0, 3.5])

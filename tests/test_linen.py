@@ -12,7 +12,8 @@ from flax.training.train_state import TrainState
 
 import orthojax
 from orthojax.linen import Modulated
-from orthojax.modulation import SITE, find_state, weights_only
+from orthojax.modulator import find_state
+from orthojax.sites import SITE, weights_only
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

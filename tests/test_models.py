@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthojax.models import PlainNet, ResNet, in_order, stack_blocks, unstack_blocks
 from orthojax.models.convolution import conv_general_dilated
-from orthojax.modulation import SITE, modulation
+from orthojax.modulator import modulation
+from orthojax.sites import SITE
 from orthojax.state import init_state
 from orthojax.step import make_train_step
 

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from orthojax import init_site, modulate
 from orthojax.models.normalization import BatchNorm
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 
 NUMBERS = {"momentum": 0.8, "epsilon": 1e-3}
 # Bounds of the site: none, both far below the moments of these cases, both above, far apart.

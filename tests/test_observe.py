@@ -10,7 +10,7 @@ from configs import digits_plain110
 from orthojax import mean_correlation
 from orthojax.metrics import read_metrics
 from orthojax.models import BatchNorm, ImageNetResNet, PlainNet, in_order, unstack_blocks
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 from orthojax.train import train_and_evaluate
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")

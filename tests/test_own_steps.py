@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from orthojax import init_site, modulate, modulation, optax_ortho
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 
 DEVICES, DEPTH, WIDTH, BATCH, STEPS = 8, 5, 12, 16, 6
 OPTIMIZER = modulation(

@@ -17,7 +17,7 @@ from orthojax.analysis.growth import log_growth
 from orthojax.experiment import build
 from orthojax.metrics import MetricWriter
 from orthojax.models import PlainNet, in_order
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "launch"))

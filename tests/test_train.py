@@ -29,7 +29,7 @@ from orthojax import data
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.experiment import build
 from orthojax.metrics import read_metrics
-from orthojax.modulation import find_state
+from orthojax.modulator import find_state
 from orthojax.programs import compile_programs, lower_train_step
 from orthojax.train import evaluate, train_and_evaluate
 

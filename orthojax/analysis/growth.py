@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from orthojax.models import PlainNet, in_order
-from orthojax.modulation import SITE
+from orthojax.sites import SITE
 
 
 def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:

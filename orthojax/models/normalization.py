@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from orthojax.linen import site_of
-from orthojax.modulation import rescaling, vary_like
+from orthojax.sites import rescaling, vary_like
 
 
 class BatchNorm(nn.Module):

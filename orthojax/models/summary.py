@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from orthojax.describe import describe
-from orthojax.modulation import weights_only
+from orthojax.sites import weights_only
 
 _HEADINGS = ("stage", "output", "layers", "parameters", "multiply-adds")
 

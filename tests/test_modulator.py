@@ -13,7 +13,8 @@ from flax.training.train_state import TrainState
 
 import orthojax
 from orthojax import init_site, modulate, modulation
-from orthojax.modulation import SITE, find_state
+from orthojax.modulator import find_state
+from orthojax.sites import SITE
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 

@@ -1,0 +1,188 @@
+r"""Modulation: the backward pass keeps the second moment of the error near one reference.
+
+Xie, Xiong and Pu (CVPR 2017, sections 3.3 and 4) rescale the error on its way down a deep net.
+With :math:`q = E[\delta^2]`, the mean over batch, space and channels of the squared cotangent at
+the output of a parametric layer, and :math:`\bar q` that of the topmost layer,
+
+.. math:: \delta \leftarrow \rho\,\delta, \qquad
+          \rho = \sqrt{\mathrm{clip}(q,\ \bar q / T,\ \bar q\, T) / q},
+
+so that the error is never more than `T` times, or less than one `T`-th of, what enters at the top.
+Two pieces do that:
+
+* a *site* (:func:`modulate`) behind a layer: the identity forwards, `ρ·δ` backwards. It holds the
+  two bounds and nothing else; the moment is that of the very cotangent that arrives. The
+  "gradient" of a site is what it measured.
+* an optax transformation (:func:`orthojax.modulation`) around any optimizer. It takes the measured
+  moments out of the gradients, keeps the running moment :math:`\bar q`, and sets the bounds.
+
+Sites know nothing of each other, so chains, branches, shortcuts, scans, rematerialization and
+layers that are used twice need nothing special.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+#: A parameter is a site if this is its name, in whichever framework.
+SITE = "modulation_site"
+
+# A site without bounds stops the error only short of overflow: at a root mean square of
+# max ** (1/4) of its dtype (4e9 in float32 and bfloat16, 16 in float16), far above any sane one.
+_CEILING_EXPONENT = 0.25
+_SITE_DTYPES = ("float32", "bfloat16", "float64")
+
+
+def init_site(position: float = 0.0, shape: tuple[int, ...] = ()) -> jax.Array:
+    """A fresh site: `[low, high, position]`, float32, with bounds of 0, which is none.
+
+    Args:
+      position: where the site stands, counted from the input upwards: the one with the largest
+        position (the last of equals) gives the reference. A negative one marks a site at the
+        output of the net, which only measures.
+      shape: leading axes, for the stacked parameters of a scan over layers.
+
+    Returns:
+      float32 `(*shape, 3)`. Store it among the parameters under the name `modulation_site`.
+
+    Example:
+      >>> init_site(position=4).tolist(), init_site(shape=(36,)).shape
+      ([0.0, 0.0, 4.0], (36, 3))
+    """
+    return jnp.broadcast_to(jnp.asarray([0, 0, position], jnp.float32), (*shape, 3))
+
+
+def modulate(x: jax.Array, site: jax.Array) -> jax.Array:
+    r"""A modulation site: the identity forwards, :math:`\rho\,\delta` backwards.
+
+    Put it at the output of every parametric layer but the last, before the normalization:
+    `y = modulate(conv(x), params["modulation_site"])`. Call it on a batch: the moment is a mean
+    over the examples too. The gradient of `site` is `[q, 1, 0]`, with the moment :math:`q` of the
+    cotangent that arrived; it is meant for :func:`orthojax.modulation`, which sets the bounds. A
+    site that another optimizer has changed has a negative bound and turns every gradient below it
+    into NaN.
+
+    Sums and means of such gradients (a site used twice, `psum`, `pmean`, microbatches, a loss
+    scale divided out) keep the quotient of the first two numbers meaningful. In the body of a
+    `pmap` or `shard_map` each device compares the moment of its own share of the batch.
+
+    Args:
+      x: activations, any floating dtype and shape.
+      site: `(3,)` of :func:`init_site`.
+
+    Returns:
+      The same `x`.
+
+    Raises:
+      TypeError: `x` is not floating, or `site` is not of the shape above and a dtype with the
+        exponents of float32.
+
+    Example:
+      Behind a layer that shrinks the error ten times; the bounds are those of a net whose
+      topmost error has a second moment of 1:
+
+      >>> import jax, jax.numpy as jnp
+      >>> site = jnp.asarray([1.0, 1.0, 0.0])
+      >>> loss = lambda x, site: jnp.sum(0.1 * modulate(x, site))
+      >>> error, measured = jax.grad(loss, argnums=(0, 1))(jnp.ones(3), site)
+      >>> print(error, measured)
+      [1. 1. 1.] [0.01 1.   0.  ]
+    """
+    x, site = jnp.asarray(x), jnp.asarray(site)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"modulate needs floating activations; x is {x.dtype}")
+    if site.shape != (3,) or site.dtype.name not in _SITE_DTYPES:
+        raise TypeError(
+            f"modulate needs a site of shape (3,) in {' or '.join(_SITE_DTYPES)}, from "
+            f"orthojax.init_site(); it is {site.dtype} {site.shape}. Stacked sites belong to a "
+            "scan or vmap over layers, and float16 cannot hold a second moment"
+        )
+    return _site(x, vary_like(x, site))
+
+
+@jax.custom_vjp
+def _site(x, site):
+    del site
+    return x
+
+
+def _site_forward(x, site):
+    return x, site
+
+
+def _site_backward(site, cotangent):
+    moment = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
+    rho, measured = rescaling(moment, site, cotangent.dtype)
+    return (rho * cotangent).astype(cotangent.dtype), measured
+
+
+_site.defvjp(_site_forward, _site_backward)
+
+
+def rescaling(moment: jax.Array, site: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    r"""What a site does in a backward pass, for layers that know the moment by other means.
+
+    Args:
+      moment: :math:`q`, second moment of the cotangent that arrives, a float32 scalar.
+      site: `(3,)` of :func:`init_site`.
+      dtype: of the cotangent.
+
+    Returns:
+      :math:`\rho`, float32, which the cotangent is to be multiplied with; and the gradient of the
+      site, `[q, 1, 0]`, or zeros where the error vanished or overflowed and says nothing.
+
+    Example:
+      >>> rho, measured = rescaling(jnp.float32(4), jnp.asarray([1.0, 1.0, 0.0]), jnp.float32)
+      >>> float(rho), measured.tolist()  # the root of 1 / 4
+      (0.5, [4.0, 1.0, 0.0])
+    """
+    low, high = site[0].astype(jnp.float32), site[1].astype(jnp.float32)
+    usable = (moment > 0) & jnp.isfinite(moment)
+    ceiling = jnp.float32(float(jnp.finfo(dtype).max) ** (2 * _CEILING_EXPONENT))
+    upper = jnp.where(high > 0, high, ceiling)
+    outside = usable & ((moment < low) | (moment > upper))
+    # A quotient of roots: that of the moments themselves might leave float32's exponents.
+    root = jnp.sqrt(jnp.clip(moment, low, upper)) / jnp.sqrt(jnp.where(usable, moment, 1))
+    rho = jnp.where(outside, root, 1)
+    rho = jnp.where(high < 0, jnp.float32(jnp.nan), rho)
+    measured = jnp.where(usable, jnp.stack([moment, jnp.float32(1), jnp.float32(0)]), 0)
+    return rho, measured.astype(site.dtype)
+
+
+def vary_like(x: jax.Array, tree: Any) -> Any:
+    """Marks `tree` as varying over the manual mesh axes that `x` varies over (`jax.shard_map`).
+
+    A `custom_vjp` must return cotangents that vary as their primals do; this makes the sum over
+    devices the transpose of the mark.
+    """
+
+    def mark(leaf):
+        axes = tuple(_varying(x) - _varying(leaf))
+        return jax.lax.pcast(leaf, axes, to="varying") if axes else leaf
+
+    return jax.tree.map(mark, tree)
+
+
+def _varying(x):
+    return jax.typeof(x).mat.varying
+
+
+def is_site(path: tuple) -> bool:
+    """Whether a leaf at this path of a tree of parameters is a site."""
+    return any(jax.tree_util.keystr((key,), simple=True) == SITE for key in path)
+
+
+def weights_only(tree: Any) -> Any:
+    """The tree without its sites: `optax.MaskedNode` stands in their places.
+
+    For norms and counts of parameters or gradients, of which the sites are no part.
+
+    Example:
+      >>> jax.tree.leaves(weights_only({"kernel": 1.0, "modulation_site": init_site()}))
+      [1.0]
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: optax.MaskedNode() if is_site(path) else leaf, tree
+    )
