@@ -302,7 +302,7 @@ def test_pixel_statistics_of_many_bright_images():
 
 def test_prepare_needs_tensorflow_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DatasetError, match=r"pip install 'orthojax\[prepare\]'"):
+    with pytest.raises(DatasetError, match=r"pip install -e '.\[prepare\]'"):
         prepare.prepare("cifar10", str(tmp_path))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from orthojax.data import Split, TrainIterator, augment, eval_batches, normalize
-from orthojax.data.order import epoch_permutation
+from orthojax.data.sampler import epoch_permutation
 from orthojax.errors import DatasetError
 
 

@@ -15,34 +15,27 @@ simplejpeg = pytest.importorskip("simplejpeg")
 pytest.importorskip("cv2")
 
 from array_record.python.array_record_module import ArrayRecordWriter  # noqa: E402
+from tensorflow_datasets.proto import tf_example_pb2  # noqa: E402
 
-from orthojax.data import photographs  # noqa: E402
+from orthojax.data import photographs, reader  # noqa: E402
 from orthojax.data.augmentation import (  # noqa: E402
     EIGENVALUES,
     EIGENVECTORS,
     augment_photographs,
     standardize_rgb,
 )
-from orthojax.data.example import parse_example  # noqa: E402
 from orthojax.data.records import Records  # noqa: E402
 from orthojax.data.streamed import StreamedDataset  # noqa: E402
+from orthojax.errors import DatasetError  # noqa: E402
 
 COUNT, SIZE, CROP = 23, 40, 32
 
 
-def field(number, content):
-    assert len(content) < 2**21
-    length = bytes(
-        [len(content) & 0x7F | 0x80, len(content) >> 7 & 0x7F | 0x80, len(content) >> 14]
-    )
-    return bytes([number << 3 | 2]) + length + content
-
-
 def serialize(image, label):
-    """A `tf.train.Example` with an image and a label, written out by hand."""
-    features = {b"image": field(1, field(1, image)), b"label": field(3, field(1, bytes([label])))}
-    entries = (field(1, field(1, key) + field(2, value)) for key, value in features.items())
-    return field(1, b"".join(entries))
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(image)
+    example.features.feature["label"].int64_list.value.append(label)
+    return example.SerializeToString()
 
 
 def photograph(index):
@@ -112,6 +105,13 @@ def test_every_image_once_an_epoch_in_another_order_each_time(stream):
         stream["image"].reshape(-1, CROP, CROP, 3)[np.flatnonzero(labels == 5)[k]] for k in (0, 1)
     ]
     assert (again[0] != again[1]).any()
+
+
+def test_the_crops_are_those_of_earlier_versions():
+    """With others a resumed run would not be the undisturbed one."""
+    geometry = reader.Geometry(SIZE, CROP)
+    found = [reader.train_place(3, COUNT, geometry, position) for position in (0, 1, 22, 23, 1000)]
+    assert found == [(3, 7, 5), (22, 2, 3), (6, 7, 3), (12, 7, 2), (2, 7, 7)]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -231,8 +231,14 @@ def test_colours_on_the_device_equal_float64():
     np.testing.assert_array_equal(plain, standardize_rgb(images))
 
 
-def test_examples_are_read_as_tensorflow_writes_them():
-    found = parse_example(serialize(b"\x00" * 300, 7))
-    assert bytes(found["image"]) == b"\x00" * 300 and found["label"] == 7
-    with pytest.raises(ValueError, match="not a tf.train.Example"):
-        parse_example(b"\xff\xff\xff")
+@pytest.mark.parametrize("record", [b"\xff\xff\xff", b"", None], ids=["other", "empty", "missing"])
+def test_a_record_that_is_no_example_is_named(tmp_path, record):
+    path = tmp_path / "some.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(record or b"")
+    writer.close()
+    if record is None:
+        path.unlink()
+    records = Records("train", str(tmp_path), (f"{path}[0:1]",), 1, "image", "label")
+    with pytest.raises(DatasetError, match=f"record 0 of split 'train' in {tmp_path} is damaged"):
+        records[0]

@@ -209,6 +209,14 @@ def records(source: Source, split: str) -> Records:
     return Records(split, source.directory, shards, size, source.image_key, source.label_key)
 
 
+def examples(source: Source, split: str) -> Any:
+    """TFDS's data source of a split, with its images as they are encoded; see `reading`."""
+    import tensorflow_datasets as tfds
+
+    decoders = {source.image_key: tfds.decode.SkipDecoding()}
+    return source.builder.as_data_source(split=split, decoders=decoders)
+
+
 def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes every image of a split, in the order of its records, with a progress line on stderr.
 
@@ -229,7 +237,9 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     with quiet(), _progress(f"decoding {source.full_name} {split}", size) as show:
         for start in range(0, size, _CHUNK):
             rows = range(start, min(start + _CHUNK, size))
-            for row, example in zip(rows, _read(source, records, rows), strict=True):
+            with reading(source):
+                chunk = records.__getitems__(rows)
+            for row, example in zip(rows, chunk, strict=True):
                 images[row] = example[source.image_key]
                 labels[row] = example[source.label_key]
             show(rows.stop)
@@ -249,10 +259,14 @@ def _checked_split(source: Source, split: str) -> Any:
     return found
 
 
-def _read(source: Source, records: Any, rows: range) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Raises `DatasetError` for what reading a TFDS data source raises where it is damaged."""
+    from google.protobuf.message import DecodeError
+
     try:
-        return records.__getitems__(rows)
-    except RuntimeError as error:  # array_record's only one: no such file, too short, wrong hash
+        yield
+    except (RuntimeError, DecodeError) as error:  # no such file, too short, wrong hash; no example
         raise DatasetError(
             f"the records in {source.directory} are damaged or incomplete ({error}); remove that "
             "directory and prepare the set again"

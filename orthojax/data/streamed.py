@@ -146,7 +146,7 @@ def load(
     if missing:
         raise DatasetError(
             f"reading {name!r} needs {', '.join(missing)}; install what is missing with\n"
-            "    pip install 'orthojax[imagenet]'"
+            "    pip install -e '.[imagenet]'"
         )
     train, test = (source.records(found, split) for split in (train_split, test_split))
     numbers = _checked(resize, crop, color_std, workers, threads)
