@@ -115,11 +115,11 @@ def load(
     test = _decoded(found, test_split, downsample, cache_dir)
     return InMemoryDataset(
         name=name,
-        train=Split(train.images, train.labels),
-        test=Split(test.images, test.labels),
+        train=Split(train["images"], train["labels"]),
+        test=Split(test["images"], test["labels"]),
         num_classes=found.num_classes,
-        mean=train.mean,
-        std=train.std,
+        mean=train["mean"],
+        std=train["std"],
         flip=flip,
     )
 
@@ -217,14 +217,15 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _decoded(
     found: source.Source, split: str, downsample: int, cache_dir: str | None
-) -> cache.Decoded:
-    def build() -> cache.Decoded:
+) -> cache.Arrays:
+    def build() -> cache.Arrays:
         if downsample > 1:  # pooling is quick and decoding is not: share the full size
             full = _decoded(found, split, 1, cache_dir)
-            images, labels = average_pool(full.images, downsample), full.labels
+            images, labels = average_pool(full["images"], downsample), full["labels"]
         else:
             images, labels = source.decode(found, split)
-        return cache.Decoded(images, labels, *pixel_statistics(images))
+        mean, std = pixel_statistics(images)
+        return {"images": images, "labels": labels, "mean": mean, "std": std}
 
     path = cache.entry(cache_dir, found.full_name, found.directory, split, downsample)
     return cache.read_or_build(path, cache.fingerprint(found.directory), build)
