@@ -76,12 +76,12 @@ def name(flag):
 
 def compile_step(flag, devices):
     from orthojax.analysis.cost import measure
-    from orthojax.data import stand_in
+    from orthojax.data import fake_data
     from orthojax.experiment import build
     from orthojax.programs import lower_train_step
 
     print(f"compiling {name(flag)}, which takes minutes...", file=sys.stderr, flush=True)
-    experiment = build(flags.FLAGS[flag].value, devices=devices, load=stand_in)
+    experiment = build(flags.FLAGS[flag].value, devices=devices, load=fake_data)
     return measure(lower_train_step(experiment))
 
 

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 simplejpeg = pytest.importorskip("simplejpeg")
 pytest.importorskip("cv2")
 
-from orthojax.data import load, photographs, prepare, reencode, source, stand_in  # noqa: E402
+from orthojax.data import fake_data, jpeg, load, prepare, reencode, source  # noqa: E402
 from orthojax.errors import DatasetError  # noqa: E402
 from tests.prepare_data import prepare_data  # noqa: E402
 
@@ -129,7 +129,7 @@ def test_images_are_the_photographs_as_training_resizes_them(squares, split):
     assert names(SQUARES, squares, split) == names(NAME, squares, split)
     for (encoded, _), (photo, _) in zip(new, old, strict=True):
         assert simplejpeg.decode_jpeg_header(encoded)[:4] == (SIZE, SIZE, "YCbCr", "444")
-        expected = photographs.resize(photographs.decode(photo, at_least=SIZE), SIZE)
+        expected = jpeg.resize(jpeg.decode(photo, at_least=SIZE), SIZE)
         found = simplejpeg.decode_jpeg(encoded)
         error = np.mean(np.square(found.astype(float) - expected))
         assert 10 * np.log10(255**2 / error) > 36, "a PSNR in dB"
@@ -189,14 +189,14 @@ def test_loads_as_any_other_set(squares):
 
 def test_shapes_are_known_without_records(squares, tmp_path):
     for place in (squares, tmp_path):
-        black = stand_in(SQUARES, str(place), resize=SIZE, crop=16)
+        black = fake_data(SQUARES, str(place), resize=SIZE, crop=16)
         assert (black.image_shape, black.num_classes) == ((16, 16, 3), 30)
-    assert stand_in("imagenet2012_256", str(tmp_path)).num_classes == 1000
+    assert fake_data("imagenet2012_256", str(tmp_path)).num_classes == 1000
 
 
 def test_what_is_interrupted_leaves_nothing_prepared(data_dir, monkeypatch):
     before = files(data_dir / NAME)
-    resize, calls = photographs.resize, []
+    resize, calls = jpeg.resize, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -204,7 +204,7 @@ def test_what_is_interrupted_leaves_nothing_prepared(data_dir, monkeypatch):
             raise KeyboardInterrupt
         return resize(*arguments)
 
-    monkeypatch.setattr(photographs, "resize", interrupted)
+    monkeypatch.setattr(jpeg, "resize", interrupted)
     with pytest.raises(KeyboardInterrupt):
         reencode.reencode(NAME, SIZE, str(data_dir), workers=1)
     assert files(data_dir / NAME) == before

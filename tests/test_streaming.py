@@ -17,7 +17,7 @@ pytest.importorskip("cv2")
 from array_record.python.array_record_module import ArrayRecordWriter  # noqa: E402
 from tensorflow_datasets.proto import tf_example_pb2  # noqa: E402
 
-from orthojax.data import photographs, reader  # noqa: E402
+from orthojax.data import jpeg, reader  # noqa: E402
 from orthojax.data.augmentation import (  # noqa: E402
     EIGENVALUES,
     EIGENVECTORS,
@@ -166,7 +166,7 @@ def test_evaluation_sees_every_image_exactly_once(records, batch_size):
     images = np.concatenate([b["image"] for b in dataset(records).test_batches(COUNT)])
     margin = (SIZE - CROP) // 2
     for index in (0, 11, 22):
-        square = photographs.resize(photographs.decode(encode(photograph(index)), SIZE), SIZE)
+        square = jpeg.resize(jpeg.decode(encode(photograph(index)), SIZE), SIZE)
         expected = square[margin:-margin, margin:-margin].astype(int)
         # Only the window is resized, whose edges are whole pixels of the photograph.
         assert np.corrcoef(images[index].ravel(), expected.ravel())[0, 1] > 0.99
@@ -195,7 +195,7 @@ def test_other_kinds_of_images_decode_to_what_pillow_makes_of_them(kind, mode):
     encoded = encode(photograph(4), kind, mode)
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         expected = np.array(image.convert("RGB"))
-    found = photographs.decode(encoded)
+    found = jpeg.decode(encoded)
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= 2
 
@@ -204,20 +204,20 @@ def test_reduced_decoding_is_near_full_decoding():
     y, x = np.mgrid[0:1:700j, 0:1:900j]
     waves = [np.sin(40 * x * (c + 1)) * np.cos(30 * y) for c in range(3)]
     encoded = encode((127.5 + 120 * np.stack(waves, -1)).astype(np.uint8))
-    reduced = photographs.decode(encoded, at_least=64)
+    reduced = jpeg.decode(encoded, at_least=64)
     assert reduced.shape[0] < 700 and min(reduced.shape[:2]) >= 128
-    full, quick = (photographs.resize(i, 64) for i in (photographs.decode(encoded), reduced))
+    full, quick = (jpeg.resize(i, 64) for i in (jpeg.decode(encoded), reduced))
     assert np.abs(full.astype(float) - quick).mean() < 1.0
 
 
 def test_resizing_is_near_pillows_antialiased_bilinear():
     image = photograph(20)
     expected = PIL.Image.fromarray(image).resize((SIZE, SIZE), PIL.Image.BILINEAR)
-    assert np.abs(photographs.resize(image, SIZE).astype(float) - np.array(expected)).mean() < 2.0
+    assert np.abs(jpeg.resize(image, SIZE).astype(float) - np.array(expected)).mean() < 2.0
 
 
 def test_colours_on_the_device_equal_float64():
-    """Mirroring and the three colour components, drawn apart, then put together in NumPy."""
+    """Mirroring and the three color components, drawn apart, then put together in NumPy."""
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), np.uint8)
     flip_key, color_key = jax.random.split(jax.random.key(4))
     mirrored = np.asarray(jax.random.bernoulli(flip_key, 0.5, (7, 1, 1, 1))).ravel()

@@ -12,7 +12,7 @@ _ISOMETRIC = Policy(mode="direct", tolerance=0.0, max_scale=1e30)
 
 
 def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
-    r"""Growth of the squared error per layer at initialisation, from each convolution to the next.
+    r"""Growth of the squared error per layer at initialization, from each convolution to the next.
 
     The error enters as a random cotangent of the logits. Modulation in direct mode keeps it of one
     size, and its :math:`-\log \rho^2` is the growth: what the error would have grown by, since the

@@ -1,4 +1,4 @@
-"""A prepared data set decoded into memory, with the statistics that normalise it."""
+"""A prepared data set decoded into memory, with the statistics that normalize it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -124,7 +124,7 @@ def load(
     )
 
 
-def stand_in(
+def fake_data(
     name: str,
     data_dir: str | None = None,
     *,
@@ -146,7 +146,7 @@ def stand_in(
         `downsample`.
 
     Example:
-      >>> digits = stand_in("digits", downsample=2)
+      >>> digits = fake_data("digits", downsample=2)
       >>> digits.image_shape, digits.num_classes
       ((4, 4, 1), 10)
     """
@@ -171,7 +171,7 @@ def black_split(shape: tuple[int, int, int]) -> Split:
 def average_pool(images: np.ndarray, size: int) -> np.ndarray:
     """Averages `size`×`size` blocks of pixels, rounded to the nearest integer, a half to even.
 
-    Rounding halves up would brighten CIFAR by an eighth of a grey level.
+    Rounding halves up would brighten CIFAR by an eighth of a gray level.
 
     Args:
       images: uint8 (N, H, W, C), H and W divisible by `size`.

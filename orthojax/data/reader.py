@@ -18,10 +18,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from orthojax.data import photographs, sampler
-from orthojax.data.interface import Batch
-from orthojax.data.orphans import end_with_parent
+from orthojax.data import jpeg, sampler
+from orthojax.data.protocols import Batch
 from orthojax.data.records import Records, Undecodable
+from orthojax.data.worker_lifetime import end_with_parent
 from orthojax.errors import DatasetError
 
 # Images that a worker sends at a time: few enough that their memory is used again, and not asked
@@ -127,10 +127,8 @@ class Decode:
         for step in range(self._attempts):
             encoded, label = self._records[(image + step) % len(self._records)]
             try:
-                photographs.crop_into(
-                    batch["image"][row], encoded, self._geometry.resize, left, top
-                )
-            except photographs.UndecodableError:
+                jpeg.crop_into(batch["image"][row], encoded, self._geometry.resize, left, top)
+            except jpeg.UndecodableError:
                 batch["undecodable"][row] = image
             else:
                 batch["label"][row], batch["mask"][row] = label, 1

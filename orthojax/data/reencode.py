@@ -89,16 +89,16 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _square(self, examples, row):
         import simplejpeg
 
-        from orthojax.data import photographs
+        from orthojax.data import jpeg
 
         with source.reading(self._original):
             example = examples[row]
         key = self._original.image_key
         try:
-            image = photographs.decode(example[key], at_least=self._size)
-        except photographs.UndecodableError:
+            image = jpeg.decode(example[key], at_least=self._size)
+        except jpeg.UndecodableError:
             return row, None
-        image = photographs.resize(image, self._size)
+        image = jpeg.resize(image, self._size)
         encoded = simplejpeg.encode_jpeg(image, self._quality, "RGB", "444", fastdct=False)
         return row, {**example, key: encoded}
 
@@ -116,7 +116,7 @@ def reencode(
 
     `imagenet2012` becomes `imagenet2012_256` in the same data directory, with the same splits,
     order, labels and other features; it is prepared first if need be. The photographs are decoded
-    and resized as training does it (`orthojax.data.photographs`), and encoded with colors at full
+    and resized as training does it (`orthojax.data.jpeg`), and encoded with colors at full
     resolution (4:4:4). One that cannot be decoded is left out, with a warning and a count. TFDS
     writes into a directory of its own that it renames at the end, so an interrupted run leaves
     nothing that looks prepared. A set that is prepared already is left as it is.
