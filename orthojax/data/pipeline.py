@@ -34,7 +34,7 @@ class TrainIterator(sampler.Resumable):
 
     Each batch is a new array rather than a buffer used again: `jax.device_put` may keep reading
     from, or even alias, the memory it was given. Gathering needs no thread of its own: it is far
-    faster than any model here (`tests/test_data_speed.py` measures it).
+    faster than any model here (`python launch/benchmark.py input` measures it).
 
     Args:
       split: what to draw from.
