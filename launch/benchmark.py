@@ -5,9 +5,9 @@ python launch/benchmark.py step memory --rounds=5
 python launch/benchmark.py input --data_dir=DIR   # DIR with a prepared imagenet2012
 
 What is compared takes turns within a round, and ratios are taken round by round. Writes
-figures.json, figures.md and figures.png; the exit status is 1 if a ratio is worse than the
-baseline's. No data set is needed, except for the input of photographs; PyTorch is compared with
-where it is installed.
+measurements.json, measurements.md and measurements.png; the exit status is 1 if a ratio is worse
+than the baseline's. No data set is needed, except for the input of photographs; PyTorch is compared
+with where it is installed.
 """
 
 import argparse
@@ -41,26 +41,26 @@ def main() -> int:
     if arguments.rounds < 2:
         parser.error(f"--rounds={arguments.rounds} shows no spread; give 2 or more")
 
-    from orthojax.analysis.figures import draw_figures, read, regressions, save, table
+    from orthojax.analysis.measurements import draw, read, regressions, save, table
     from orthojax.errors import UserError
 
     try:
         baseline = read(arguments.baseline) if arguments.baseline.exists() else {}
     except UserError as error:
         parser.error(str(error))
-    figures = []
+    found = []
     for part in PARTS:
         if part in arguments.parts or "all" in arguments.parts:
             print(f"{part}:", file=sys.stderr)
             measure = importlib.import_module(f"benchmarks.{part}").measure
             extra = {"data_dir": arguments.data_dir} if part == "input" else {}
-            figures += measure(arguments.rounds, arguments.depth, **extra)
-    print(table(figures))
+            found += measure(arguments.rounds, arguments.depth, **extra)
+    print(table(found))
     arguments.output.mkdir(parents=True, exist_ok=True)
-    save(arguments.output / "figures.json", figures, **environment())
-    (arguments.output / "figures.md").write_text(table(figures) + "\n")
-    draw_figures(figures, arguments.output / "figures.png")
-    worse = regressions(figures, baseline)
+    save(arguments.output / "measurements.json", found, **environment())
+    (arguments.output / "measurements.md").write_text(table(found) + "\n")
+    draw(found, arguments.output / "measurements.png")
+    worse = regressions(found, baseline)
     print(*(f"worse than {arguments.baseline}: {line}" for line in worse), sep="\n", end="")
     return 1 if worse else 0
 

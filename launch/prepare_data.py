@@ -1,8 +1,8 @@
 """Prepares a TFDS data set for training: `python launch/prepare_data.py cifar10`.
 
-Every set but `digits` needs TensorFlow here, and only here: `pip install 'orthojax[prepare]'`.
+Every set but `digits` needs TensorFlow here, and only here: `pip install -e '.[prepare]'`.
 With `--resize=256` photographs are then written again as squares of 256 pixels, as a set of its
-own, `imagenet2012_256`, which needs `orthojax[imagenet]`.
+own, `imagenet2012_256`, which needs `pip install -e '.[imagenet]'`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> int:
         help="write NAME_SIZE too: every photograph as a square of SIZE pixels",
     )
     parser.add_argument("--quality", type=int, default=95, help="of its JPEGs (default: 95)")
-    parser.add_argument("--workers", type=int, help="processes that write it (default: all cores)")
+    parser.add_argument("--workers", type=int, help="threads that write it (default: one per core)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C
     name, data_dir, manual_dir = arguments.name, arguments.data_dir, arguments.manual_dir

@@ -22,11 +22,11 @@ def main():
     import numpy as np
 
     from orthojax.analysis.profile import profile
-    from orthojax.data import stand_in
+    from orthojax.data import fake_data
     from orthojax.experiment import build
     from orthojax.programs import compile_programs
 
-    experiment = build(flags.FLAGS.config, load=stand_in)
+    experiment = build(flags.FLAGS.config, load=fake_data)
     print("compiling...", file=sys.stderr)
     programs = compile_programs(experiment)
     draw, rows = np.random.default_rng(0), len(programs.rows)

@@ -134,7 +134,7 @@ def build(
     Args:
       config: a Mapping or ConfigDict with the keys of `Settings`.
       devices: what the mesh is made of; None is `jax.devices()`.
-      load: what `dataset` is bound to: `orthojax.data.load`, or `orthojax.data.stand_in`, which
+      load: what `dataset` is bound to: `orthojax.data.load`, or `orthojax.data.fake_data`, which
         needs no records.
 
     Raises:

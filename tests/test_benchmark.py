@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from orthojax.analysis.figures import figure, read, regressions, save, table
+from orthojax.analysis.measurements import measurement, read, regressions, save, table
 from orthojax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -19,10 +19,10 @@ def benchmark(*arguments):
 
 
 def test_quartiles_targets_and_verdicts():
-    ceiling = figure("step", [4.0, 1.0, 2.0, 3.0, 5.0], at_most=3.0)
+    ceiling = measurement("step", [4.0, 1.0, 2.0, 3.0, 5.0], at_most=3.0)
     assert (ceiling.lower, ceiling.median, ceiling.upper, ceiling.rounds) == (2.0, 3.0, 4.0, 5)
-    floor = figure("rate", [0.6], at_least=0.7)
-    assert (ceiling.met, floor.met, figure("x", [1.0]).met) == (True, False, None)
+    floor = measurement("rate", [0.6], at_least=0.7)
+    assert (ceiling.met, floor.met, measurement("x", [1.0]).met) == (True, False, None)
     assert "| step | 3.000 | 2.000 to 4.000 | at most 3 | met |" in table([ceiling, floor])
     assert "| rate | 0.600 | - | at least 0.7 | **missed** |" in table([ceiling, floor])
 
@@ -31,7 +31,7 @@ def test_quartiles_targets_and_verdicts():
 def test_only_ratios_and_only_clear_differences_are_regressions(target):
     def found(name, middle, **options):
         spread = [middle * factor for factor in (0.98, 0.99, 1.0, 1.01, 1.02)]
-        return figure(name, spread, **{target: 1.0}, **options)
+        return measurement(name, spread, **{target: 1.0}, **options)
 
     baseline = {name: found(name, 1.0) for name in ("ratio", "noisy", "other")}
     baseline["s"] = found("s", 1.0, unit="s")
@@ -43,11 +43,11 @@ def test_only_ratios_and_only_clear_differences_are_regressions(target):
 
 
 def test_what_is_saved_is_read_again(tmp_path):
-    figures = [figure("a", [1.0, 2.0, 3.0], at_most=2.0), figure("b", [4.0], unit="s")]
-    save(tmp_path / "figures.json", figures, command="x")
-    assert list(read(tmp_path / "figures.json").values()) == figures
+    found = [measurement("a", [1.0, 2.0, 3.0], at_most=2.0), measurement("b", [4.0], unit="s")]
+    save(tmp_path / "measurements.json", found, command="x")
+    assert list(read(tmp_path / "measurements.json").values()) == found
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UserError, match="other.json holds no figures"):
+    with pytest.raises(UserError, match="other.json holds no measurements"):
         read(tmp_path / "other.json")
 
 
@@ -57,11 +57,11 @@ def test_the_command_measures_writes_and_compares_with_the_baseline(tmp_path):
     done = benchmark(*small, lacking, f"--baseline={tmp_path / 'none.json'}")
     assert done.returncode == 0, done.stderr
     assert "imagenet2012' is not prepared" in done.stderr
-    written = json.loads((tmp_path / "out/figures.json").read_text())
-    names = [found["name"] for found in written["figures"]]
+    written = json.loads((tmp_path / "out/measurements.json").read_text())
+    names = [found["name"] for found in written["measurements"]]
     assert len(names) == 2 and all(name in done.stdout for name in names)
     assert written["cores"] >= 1 and written["jax"]
-    assert (tmp_path / "out/figures.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out/measurements.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_impossible_arguments_are_refused_at_once(tmp_path):
@@ -69,14 +69,14 @@ def test_impossible_arguments_are_refused_at_once(tmp_path):
     assert "invalid choice: 'speed'" in benchmark("speed").stderr
     (tmp_path / "broken.json").write_text("{}")
     done = benchmark("memory", f"--baseline={tmp_path / 'broken.json'}")
-    assert done.returncode == 2 and "holds no figures" in done.stderr
+    assert done.returncode == 2 and "holds no measurements" in done.stderr
 
 
 @pytest.mark.slow
 def test_everything_on_a_small_net(tmp_path):
     done = benchmark("all", "--depth=8", "--rounds=2", f"--output={tmp_path}")
     assert done.returncode in (0, 1), done.stderr
-    names = " ".join(read(tmp_path / "figures.json"))
+    names = " ".join(read(tmp_path / "measurements.json"))
     for part in ("step time, scanned", "compile time", "memory, ortho", "CIFAR-10 batches"):
         assert part in names
 

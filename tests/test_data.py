@@ -18,8 +18,8 @@ from orthojax.errors import DatasetError
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-class OrthojaxColours(tfds.core.GeneratorBasedBuilder):
-    """Noise in colour, neither square nor with splits of the usual names."""
+class OrthojaxColors(tfds.core.GeneratorBasedBuilder):
+    """Noise in color, neither square nor with splits of the usual names."""
 
     VERSION = tfds.core.Version("2.1.0")
     url_infos = {}
@@ -42,7 +42,7 @@ class OrthojaxColours(tfds.core.GeneratorBasedBuilder):
             yield row, {"image": PIL.Image.fromarray(image), "label": row % 7, "id": str(row)}
 
 
-class OrthojaxNoClasses(OrthojaxColours):
+class OrthojaxNoClasses(OrthojaxColors):
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
@@ -157,9 +157,9 @@ def test_digits_where_nothing_can_be_written(tmp_path):
 
 
 def test_any_prepared_set_by_name(tmp_path):
-    prepare_without_tensorflow(OrthojaxColours, tmp_path)
+    prepare_without_tensorflow(OrthojaxColors, tmp_path)
     loaded = load(
-        "orthojax_colours", str(tmp_path), test_split="validation", cache_dir=str(tmp_path)
+        "orthojax_colors", str(tmp_path), test_split="validation", cache_dir=str(tmp_path)
     )
     assert loaded.num_classes == 7
     for split, images in ((0, loaded.train.images), (1, loaded.test.images)):
@@ -302,23 +302,23 @@ def test_pixel_statistics_of_many_bright_images():
 
 def test_prepare_needs_tensorflow_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DatasetError, match=r"pip install 'orthojax\[prepare\]'"):
+    with pytest.raises(DatasetError, match=r"pip install -e '.\[prepare\]'"):
         prepare.prepare("cifar10", str(tmp_path))
 
 
 def test_prepare_runs_the_builder_once(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    directory = prepare.prepare("orthojax_colours", str(tmp_path))
-    assert directory == str(tmp_path / "orthojax_colours" / "2.1.0")
-    assert len(load("orthojax_colours", str(tmp_path), test_split="validation").train) == 40
-    monkeypatch.setattr(OrthojaxColours, "download_and_prepare", None)
-    assert prepare.prepare("orthojax_colours", str(tmp_path)) == directory
+    directory = prepare.prepare("orthojax_colors", str(tmp_path))
+    assert directory == str(tmp_path / "orthojax_colors" / "2.1.0")
+    assert len(load("orthojax_colors", str(tmp_path), test_split="validation").train) == 40
+    monkeypatch.setattr(OrthojaxColors, "download_and_prepare", None)
+    assert prepare.prepare("orthojax_colors", str(tmp_path)) == directory
 
 
 @pytest.mark.parametrize(
     "error, says",
     [
-        (AssertionError("put x.tar there"), "cannot prepare 'orthojax_colours': put x.tar there"),
+        (AssertionError("put x.tar there"), "cannot prepare 'orthojax_colors': put x.tar there"),
         (OSError("no route to host"), "no route to host; check the network"),
         (tfds.download.DownloadError("HTTP code: 404"), "HTTP code: 404; check the network"),
         (ModuleNotFoundError("No module named 'scipy'"), "package that is missing: .*'scipy'"),
@@ -329,9 +329,9 @@ def test_prepare_that_fails(tmp_path, monkeypatch, error, says):
         raise error
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(OrthojaxColours, "_split_generators", fail)
+    monkeypatch.setattr(OrthojaxColors, "_split_generators", fail)
     with pytest.raises(DatasetError, match=says):
-        prepare.prepare("orthojax_colours", str(tmp_path))
+        prepare.prepare("orthojax_colors", str(tmp_path))
 
 
 def test_prepare_script(tmp_path):

@@ -175,9 +175,7 @@ def test_the_default_place(data_dir, tmp_path, monkeypatch):
 def test_progress_is_told_on_stderr(data_dir, cache_dir, monkeypatch, capsys):
     load_digits(data_dir, cache_dir)
     assert capsys.readouterr().err == ""  # over in no time
-    monkeypatch.setattr(source, "_PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(source, "_PROGRESS_SECONDS", 0)
     load_digits(data_dir, cache_dir, train_split="train")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0] == "decoding digits/1.0.0 train: 1,000 of 1,437 images"
-    assert lines[1].startswith("decoding digits/1.0.0 train: 1,437 images in ")
-    assert len(lines) == 2
+    told = capsys.readouterr().err
+    assert "decoding digits/1.0.0 train:" in told and "1437/1437" in told

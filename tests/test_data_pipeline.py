@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from orthojax.data import Split, TrainIterator, augment, eval_batches, normalize
-from orthojax.data.order import epoch_permutation
+from orthojax.data.sampler import epoch_permutation
 from orthojax.errors import DatasetError
 
 
@@ -184,7 +184,7 @@ def test_each_image_is_mirrored_or_not(images):
     assert 0.3 < (mirrored == other).mean() < 0.7
 
 
-def test_mirroring_comes_before_the_per_pixel_normalisation(images, statistics):
+def test_mirroring_comes_before_the_per_pixel_normalization(images, statistics):
     key = jax.random.key(0)
     result = augment(images, key, **statistics, flip=True)
     flipped = np.rint(np.asarray(augment(images, key, mean=0.0, std=1 / 255, flip=True)))
@@ -192,7 +192,7 @@ def test_mirroring_comes_before_the_per_pixel_normalisation(images, statistics):
     np.testing.assert_allclose(result, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_without_flip_only_the_normalisation_is_left(images, statistics):
+def test_without_flip_only_the_normalization_is_left(images, statistics):
     result = augment(images, jax.random.key(0), **statistics, flip=False)
     np.testing.assert_array_equal(result, normalize(images, **statistics))
 

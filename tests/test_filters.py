@@ -26,6 +26,6 @@ def test_constant_and_grey_filters(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_filters_without_colours_are_refused():
-    with pytest.raises(ValueError, match=r"\(3, 3, 16, 4\) has no colours"):
+def test_filters_without_colors_are_refused():
+    with pytest.raises(ValueError, match=r"\(3, 3, 16, 4\) has no colors"):
         tile_filters(np.ones((3, 3, 16, 4)))

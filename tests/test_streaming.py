@@ -15,34 +15,27 @@ simplejpeg = pytest.importorskip("simplejpeg")
 pytest.importorskip("cv2")
 
 from array_record.python.array_record_module import ArrayRecordWriter  # noqa: E402
+from tensorflow_datasets.proto import tf_example_pb2  # noqa: E402
 
-from orthojax.data import photographs  # noqa: E402
+from orthojax.data import jpeg, reader  # noqa: E402
 from orthojax.data.augmentation import (  # noqa: E402
     EIGENVALUES,
     EIGENVECTORS,
     augment_photographs,
     standardize_rgb,
 )
-from orthojax.data.example import parse_example  # noqa: E402
 from orthojax.data.records import Records  # noqa: E402
 from orthojax.data.streamed import StreamedDataset  # noqa: E402
+from orthojax.errors import DatasetError  # noqa: E402
 
 COUNT, SIZE, CROP = 23, 40, 32
 
 
-def field(number, content):
-    assert len(content) < 2**21
-    length = bytes(
-        [len(content) & 0x7F | 0x80, len(content) >> 7 & 0x7F | 0x80, len(content) >> 14]
-    )
-    return bytes([number << 3 | 2]) + length + content
-
-
 def serialize(image, label):
-    """A `tf.train.Example` with an image and a label, written out by hand."""
-    features = {b"image": field(1, field(1, image)), b"label": field(3, field(1, bytes([label])))}
-    entries = (field(1, field(1, key) + field(2, value)) for key, value in features.items())
-    return field(1, b"".join(entries))
+    example = tf_example_pb2.Example()
+    example.features.feature["image"].bytes_list.value.append(image)
+    example.features.feature["label"].int64_list.value.append(label)
+    return example.SerializeToString()
 
 
 def photograph(index):
@@ -114,6 +107,13 @@ def test_every_image_once_an_epoch_in_another_order_each_time(stream):
     assert (again[0] != again[1]).any()
 
 
+def test_the_crops_are_those_of_earlier_versions():
+    """With others a resumed run would not be the undisturbed one."""
+    geometry = reader.Geometry(SIZE, CROP)
+    found = [reader.train_place(3, COUNT, geometry, position) for position in (0, 1, 22, 23, 1000)]
+    assert found == [(3, 7, 5), (22, 2, 3), (6, 7, 3), (12, 7, 2), (2, 7, 7)]
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 def test_workers_change_nothing(records, stream, workers):
     assert_same(take(dataset(records, workers).train_batches(6, seed=3), 13), stream)
@@ -166,7 +166,7 @@ def test_evaluation_sees_every_image_exactly_once(records, batch_size):
     images = np.concatenate([b["image"] for b in dataset(records).test_batches(COUNT)])
     margin = (SIZE - CROP) // 2
     for index in (0, 11, 22):
-        square = photographs.resize(photographs.decode(encode(photograph(index)), SIZE), SIZE)
+        square = jpeg.resize(jpeg.decode(encode(photograph(index)), SIZE), SIZE)
         expected = square[margin:-margin, margin:-margin].astype(int)
         # Only the window is resized, whose edges are whole pixels of the photograph.
         assert np.corrcoef(images[index].ravel(), expected.ravel())[0, 1] > 0.99
@@ -195,7 +195,7 @@ def test_other_kinds_of_images_decode_to_what_pillow_makes_of_them(kind, mode):
     encoded = encode(photograph(4), kind, mode)
     with PIL.Image.open(io.BytesIO(encoded)) as image:
         expected = np.array(image.convert("RGB"))
-    found = photographs.decode(encoded)
+    found = jpeg.decode(encoded)
     assert found.shape == expected.shape
     assert np.abs(found.astype(int) - expected).max() <= 2
 
@@ -204,20 +204,20 @@ def test_reduced_decoding_is_near_full_decoding():
     y, x = np.mgrid[0:1:700j, 0:1:900j]
     waves = [np.sin(40 * x * (c + 1)) * np.cos(30 * y) for c in range(3)]
     encoded = encode((127.5 + 120 * np.stack(waves, -1)).astype(np.uint8))
-    reduced = photographs.decode(encoded, at_least=64)
+    reduced = jpeg.decode(encoded, at_least=64)
     assert reduced.shape[0] < 700 and min(reduced.shape[:2]) >= 128
-    full, quick = (photographs.resize(i, 64) for i in (photographs.decode(encoded), reduced))
+    full, quick = (jpeg.resize(i, 64) for i in (jpeg.decode(encoded), reduced))
     assert np.abs(full.astype(float) - quick).mean() < 1.0
 
 
 def test_resizing_is_near_pillows_antialiased_bilinear():
     image = photograph(20)
     expected = PIL.Image.fromarray(image).resize((SIZE, SIZE), PIL.Image.BILINEAR)
-    assert np.abs(photographs.resize(image, SIZE).astype(float) - np.array(expected)).mean() < 2.0
+    assert np.abs(jpeg.resize(image, SIZE).astype(float) - np.array(expected)).mean() < 2.0
 
 
 def test_colours_on_the_device_equal_float64():
-    """Mirroring and the three colour components, drawn apart, then put together in NumPy."""
+    """Mirroring and the three color components, drawn apart, then put together in NumPy."""
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), np.uint8)
     flip_key, color_key = jax.random.split(jax.random.key(4))
     mirrored = np.asarray(jax.random.bernoulli(flip_key, 0.5, (7, 1, 1, 1))).ravel()
@@ -231,8 +231,14 @@ def test_colours_on_the_device_equal_float64():
     np.testing.assert_array_equal(plain, standardize_rgb(images))
 
 
-def test_examples_are_read_as_tensorflow_writes_them():
-    found = parse_example(serialize(b"\x00" * 300, 7))
-    assert bytes(found["image"]) == b"\x00" * 300 and found["label"] == 7
-    with pytest.raises(ValueError, match="not a tf.train.Example"):
-        parse_example(b"\xff\xff\xff")
+@pytest.mark.parametrize("record", [b"\xff\xff\xff", b"", None], ids=["other", "empty", "missing"])
+def test_a_record_that_is_no_example_is_named(tmp_path, record):
+    path = tmp_path / "some.array_record"
+    writer = ArrayRecordWriter(str(path), "group_size:1")
+    writer.write(record or b"")
+    writer.close()
+    if record is None:
+        path.unlink()
+    records = Records("train", str(tmp_path), (f"{path}[0:1]",), 1, "image", "label")
+    with pytest.raises(DatasetError, match=f"record 0 of split 'train' in {tmp_path} is damaged"):
+        records[0]

@@ -340,7 +340,7 @@ def test_every_config_builds(config):
 )
 def test_every_imagenet_config_builds(config):
     config.mesh.data = 1
-    experiment = build(config, load=data.stand_in)
+    experiment = build(config, load=data.fake_data)
     assert experiment.net.depth in (34, 101)
     assert experiment.dataset.image_shape in ((224, 224, 3), (64, 64, 3))
     assert experiment.net.num_classes == 1000

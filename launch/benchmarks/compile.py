@@ -11,7 +11,7 @@ import time
 import jax
 
 from benchmarks.programs import METHOD, experiment, lower_on_digits
-from orthojax.analysis.figures import figure, ratio
+from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.programs import lower_train_step
 
@@ -19,7 +19,7 @@ TRAIN = str(pathlib.Path(__file__).resolve().parent.parent / "train.py")
 
 
 def measure(rounds: int, depth: int):
-    """Figures of compilation; each of the at most three rounds compiles everything anew."""
+    """Measures compilation; each of the at most three rounds compiles everything anew."""
     rounds = max(2, min(rounds, 3))
     seconds = time_interleaved(
         {depth: functools.partial(_compile, depth) for depth in (depth, 110)}, rounds
@@ -30,15 +30,17 @@ def measure(rounds: int, depth: int):
     with tempfile.TemporaryDirectory() as place:
         first, second = (_train(place, f"run_{index}") for index in (1, 2))
     return [
-        figure(f"compiling the step of plain-{depth}", seconds[depth], unit="s"),
-        figure("compiling the step of plain-110", seconds[110], unit="s"),
+        measurement(f"compiling the step of plain-{depth}", seconds[depth], unit="s"),
+        measurement("compiling the step of plain-110", seconds[110], unit="s"),
         ratio(
             f"compile time, plain-110 / plain-{depth}", seconds[110], seconds[depth], at_most=1.5
         ),
         ratio("compile time, 1,004 layers / 44, digits", on_digits[1004], on_digits[44], at_most=2),
-        figure("one step on the digits, empty compilation cache", [first], unit="s"),
-        figure("the same for the second time", [second], unit="s", at_most=15),
-        figure("train.py --help", [_run("--help") for _ in range(rounds)], unit="s", at_most=2),
+        measurement("one step on the digits, empty compilation cache", [first], unit="s"),
+        measurement("the same for the second time", [second], unit="s", at_most=15),
+        measurement(
+            "train.py --help", [_run("--help") for _ in range(rounds)], unit="s", at_most=2
+        ),
     ]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.programs import BATCH, METHOD, SIZE, make_step, programs
 from orthojax import data
-from orthojax.analysis.figures import figure, ratio
+from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.errors import DatasetError
 
@@ -23,7 +23,7 @@ CROPS = 64  # to a batch
 
 
 def measure(rounds: int, depth: int, data_dir: str | None = None):
-    """Figures of the input; those of photographs need a prepared `imagenet2012` in `data_dir`."""
+    """Measures the input; those of photographs need a prepared `imagenet2012` in `data_dir`."""
     images = np.random.default_rng(0).integers(0, 256, (50_000, SIZE, SIZE, 3), np.uint8)
     split = data.Split(images, np.arange(50_000, dtype=np.int32) % 10)
     found = [_gathering(split, rounds), _late_batches(split, depth, rounds)]
@@ -49,7 +49,7 @@ def _gathering(split, rounds):
                 next(batches)
             rates.append(count * BATCH / (time.perf_counter() - start))
     name = "CIFAR-10 batches from memory, one core"
-    return figure(name, rates, unit="images/s", at_least=100_000)
+    return measurement(name, rates, unit="images/s", at_least=100_000)
 
 
 def _late_batches(split, depth, rounds):
@@ -86,11 +86,11 @@ def _decoding(photographs, cores, rounds):
             rates["bare"].append(bare.rate())
     on = f"{cores} core{'s' if cores > 1 else ''}"
     return [
-        figure(f"photographs decoded alone, {on}", rates["bare"], unit="images/s"),
-        figure(f"photographs through the pipeline, {on}", rates["pipeline"], unit="images/s"),
+        measurement(f"photographs decoded alone, {on}", rates["bare"], unit="images/s"),
+        measurement(f"photographs through the pipeline, {on}", rates["pipeline"], unit="images/s"),
         ratio(f"pipeline / decoding alone, {on}", rates["pipeline"], rates["bare"], at_least=0.7),
-        figure(f"pipeline's memory, {on}", memory, unit="MiB"),
-        figure(
+        measurement(f"pipeline's memory, {on}", memory, unit="MiB"),
+        measurement(
             f"pipeline's memory, last round / first, {on}", [memory[-1] / memory[0]], at_most=1.1
         ),
     ]
@@ -179,11 +179,11 @@ _records = None
 
 def _decode(records, indices, size):
     global _records  # opened once in a process
-    from orthojax.data import photographs
+    from orthojax.data import jpeg
 
     _records = _records or records
     for index in indices:
-        photographs.decode(_records[int(index)][0], size)
+        jpeg.decode(_records[int(index)][0], size)
 
 
 def _memory():

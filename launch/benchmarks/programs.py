@@ -37,7 +37,7 @@ def experiment(variant, depth, **model):
     config.regularizer = {"name": regularizer, "coefficient": 1e-4}
     config.mesh.data = 1
     config.model.update(model)
-    return build(config, load=data.stand_in)
+    return build(config, load=data.fake_data)
 
 
 @functools.cache

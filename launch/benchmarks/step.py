@@ -9,7 +9,7 @@ import optax
 
 from benchmarks.programs import BASELINE, BATCH, METHOD, OBSERVED, VARIANTS, make_step, programs
 from orthojax import optax_ortho
-from orthojax.analysis.figures import figure, ratio
+from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.observe import observe
 
@@ -18,7 +18,7 @@ PYTORCH = "PyTorch"
 
 
 def measure(rounds: int, depth: int):
-    """Figures of the training step."""
+    """Measures the training step."""
     steps = {name: make_step(programs(name, depth)) for name in VARIANTS}
     steps[OBSERVED] = make_step(programs(OBSERVED, depth), observe=jax.jit(observe))
     steps["regularizer"] = _regularizer(programs(BASELINE, depth))
@@ -41,7 +41,7 @@ def measure(rounds: int, depth: int):
         return ratio(name, seconds[above], seconds[below], **target)
 
     found = [
-        figure(f"step of plain-{depth}, {BASELINE}", seconds[BASELINE], unit="s"),
+        measurement(f"step of plain-{depth}, {BASELINE}", seconds[BASELINE], unit="s"),
         relative("step time, ortho + modulation / L2", METHOD, BASELINE, at_most=1.05),
         relative("step time, ortho / L2", "SGD + ortho", BASELINE),
         relative("step time, L2 + modulation / L2", "SGD + L2 + modulation", BASELINE),
@@ -50,7 +50,9 @@ def measure(rounds: int, depth: int):
         relative("step time, scanned / unrolled", BASELINE, UNROLLED, at_most=1.15),
     ]
     if PYTORCH in seconds:
-        found.append(figure(f"step of plain-{depth}, eager {PYTORCH}", seconds[PYTORCH], unit="s"))
+        found.append(
+            measurement(f"step of plain-{depth}, eager {PYTORCH}", seconds[PYTORCH], unit="s")
+        )
         found.append(relative("step time, scanned / PyTorch", BASELINE, PYTORCH, at_most=1.0))
         found.append(relative("step time, unrolled / PyTorch", UNROLLED, PYTORCH))
     return found

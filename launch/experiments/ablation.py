@@ -5,7 +5,7 @@ import statistics
 
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, save_picture, table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.sweep import over_seeds, tuned
 
 TITLE = "What matters: one factor at a time"
@@ -178,7 +178,7 @@ def _draw(heading, levels):
     axes = picture.subplots()
     for place, (_, records) in enumerate(levels):
         values = [100 * record["test_accuracy"] for record in records]
-        axes.barh(place, statistics.fmean(values), color=COLOURS[5])
+        axes.barh(place, statistics.fmean(values), color=COLORS[5])
         axes.plot(values, [place] * len(values), "k.", markersize=4)
     axes.set_yticks(range(len(levels)), [level for level, _ in levels])
     axes.set(xlabel="test accuracy (%)", xlim=(0, 100))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.report import table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.models import BatchNorm
 
 TITLE = "Appendix: eigenvalues of the Jacobian of batch normalization"
@@ -80,13 +80,13 @@ def report(options, results):
     x = jax.random.normal(jax.random.key(options.seeds[0]), (32,))
     expected, rho = equation_12(x)
     values = np.linalg.eigvalsh(np.asarray(jacobian(x), np.float64)) / rho
-    spectrum.plot(range(1, 33), values, "o", color=COLOURS[0], markersize=4, label="autodiff")
+    spectrum.plot(range(1, 33), values, "o", color=COLORS[0], markersize=4, label="autodiff")
     line = np.linalg.eigvalsh(expected) / rho
-    spectrum.plot(range(1, 33), line, color=COLOURS[1], label="Eq. 12")
+    spectrum.plot(range(1, 33), line, color=COLORS[1], label="Eq. 12")
     spectrum.set(title="batch of 32", xlabel="index", ylabel="eigenvalue / ρ")
     means = [np.mean([r["quasi_isometry_error"] for r in found[m]]) for m in BATCHES]
-    error.plot(BATCHES, means, "o", color=COLOURS[0], label="measured")
-    error.plot(BATCHES, np.sqrt(2 / np.array(BATCHES)), color=COLOURS[1], label="(2 / m)^½")
+    error.plot(BATCHES, means, "o", color=COLORS[0], label="measured")
+    error.plot(BATCHES, np.sqrt(2 / np.array(BATCHES)), color=COLORS[1], label="(2 / m)^½")
     error.set(title="quasi-isometry", xlabel="batch size m", ylabel="‖JJᵀ/ρ² − I‖ / m^½")
     error.set(xscale="log", yscale="log")
     for axes in (spectrum, error):

@@ -4,7 +4,7 @@ import statistics
 
 from experiments.arms import LADDER, digits
 from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.sweep import tuned
 
 TITLE = "Depth: plain nets on the digits"
@@ -50,9 +50,9 @@ def _draw(results):
     picture = new_picture(5, 3.6)
     axes = picture.subplots()
     values = {d: [100 * r["test_accuracy"] for r in records] for d, records in results.items()}
-    axes.plot(list(values), [statistics.fmean(v) for v in values.values()], color=COLOURS[0])
+    axes.plot(list(values), [statistics.fmean(v) for v in values.values()], color=COLORS[0])
     for depth, points in values.items():
-        axes.plot([depth] * len(points), points, ".", color=COLOURS[0])
+        axes.plot([depth] * len(points), points, ".", color=COLORS[0])
     axes.set(xscale="log", xlabel="layers", ylabel="test accuracy (%)", ylim=(0, 101))
     axes.set_xticks(DEPTHS, [f"{depth:,}" for depth in DEPTHS])
     axes.minorticks_off()

@@ -2,7 +2,7 @@
 
 from experiments import curves
 from experiments.report import table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 2: mean correlation between filters against training steps"
 ARMS = ("plain44_l2", "plain44_ortho")
@@ -23,7 +23,7 @@ def report(options, results):
     picture, rows = new_picture(12, 3.6), []
     panels = picture.subplots(1, len(KINDS))
     for axes, (key, label) in zip(panels, KINDS.items(), strict=True):
-        for name, colour in zip(ARMS, COLOURS[2::-2], strict=True):
+        for name, colour in zip(ARMS, COLORS[2::-2], strict=True):
             for seed, records in enumerate(curves.measurements(options, name, "layers")):
                 steps = [record["step"] for record in records]
                 values = [record[key] for record in records]

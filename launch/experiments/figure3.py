@@ -2,7 +2,7 @@
 
 from experiments import curves
 from experiments.report import table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 3: second moment of the error at the first layer over the last layer's"
 ARMS = ("plain44_l2", "plain44_ortho")
@@ -17,7 +17,7 @@ def report(options, results):
     """All steps but the first five, and the part before the learning rate falls, enlarged."""
     picture, rows = new_picture(9, 3.6), []
     panels = picture.subplots(1, 2)
-    for name, colour in zip(ARMS, COLOURS[2::-2], strict=True):
+    for name, colour in zip(ARMS, COLORS[2::-2], strict=True):
         for seed, records in enumerate(curves.measurements(options, name, "layers")):
             moments = [(r["step"], r["second_moment"]) for r in records if r["step"] >= 5]
             ratios = [(step, layers[0] / layers[-1]) for step, layers in moments]

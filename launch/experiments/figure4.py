@@ -2,7 +2,7 @@
 
 from experiments import curves
 from experiments.report import table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 4: second moment of the error in each layer, relative to the last"
 ARMS = ("plain44_ortho", "plain44_l2")
@@ -19,7 +19,7 @@ def report(options, results):
     picture, rows = new_picture(9, 3.6), []
     for axes, name in zip(picture.subplots(1, 2, sharey=True), ARMS, strict=True):
         records = curves.measurements(options, name, "layers")[0]
-        for colour, (printed, fraction) in zip(COLOURS, FRACTIONS.items(), strict=False):
+        for colour, (printed, fraction) in zip(COLORS, FRACTIONS.items(), strict=False):
             wanted = fraction * records[-1]["step"]
             record = min(records, key=lambda r, wanted=wanted: abs(r["step"] - wanted))
             profile = [m / record["second_moment"][-1] for m in record["second_moment"]]

@@ -2,7 +2,7 @@
 
 from experiments import curves
 from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 5: plain and residual nets against training steps"
 PHOTOGRAPHS = "ImageNet, residual"
@@ -30,7 +30,7 @@ def report(options, results):
     picture = new_picture(4.5 * len(plan), 3.6)
     for axes, (title, names) in zip(picture.subplots(1, len(plan)), plan.items(), strict=True):
         mini = title == PHOTOGRAPHS and options.preset == "cpu"
-        for colour, name in zip(COLOURS, names, strict=False):
+        for colour, name in zip(COLORS, names, strict=False):
             found = curves.measurements(options, name, "train" if mini else "test")
             for seed, records in enumerate(found):
                 steps = [record["step"] for record in records]

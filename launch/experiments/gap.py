@@ -4,7 +4,7 @@ import statistics
 
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.sweep import tuned
 
 TITLE = "Plain nets and their residual twins"
@@ -72,7 +72,7 @@ def _parts(name):
 def _draw(results, pairs):
     picture = new_picture(6, 3.6)
     axes = picture.subplots()
-    for shift, method, colour in zip((-0.2, 0.2), METHODS, COLOURS, strict=False):
+    for shift, method, colour in zip((-0.2, 0.2), METHODS, COLORS, strict=False):
         for place, (dataset, depth) in enumerate(pairs):
             values = [100 * r["test_accuracy"] for r in results[f"{dataset},{method},{depth}"]]
             label = None if place else {"isometric": "plain", "residual": "residual"}[method]

@@ -6,7 +6,7 @@ method has its own. Two rows more: modulation throughout, and near-isometric ini
 
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.sweep import over_seeds, tuned
 
 TITLE = "Table 2: one-order methods at 44 and 110 layers"
@@ -101,7 +101,7 @@ def draw(results, papers):
     panels = picture.subplots(1, len(DEPTHS), sharey=True)
     for axes, depth in zip(panels, DEPTHS, strict=True):
         for place, (name, paper) in enumerate(papers.items()):
-            for shift, kind, colour in ((-0.2, "shared", COLOURS[5]), (0.2, "own", COLOURS[0])):
+            for shift, kind, colour in ((-0.2, "shared", COLORS[5]), (0.2, "own", COLORS[0])):
                 values = [100 * r["test_accuracy"] for r in results[name, depth, kind]]
                 label = {"shared": f"rate {SHARED_RATE:g}", "own": "own rate"}[kind]
                 axes.barh(
@@ -117,7 +117,7 @@ def draw(results, papers):
                 axes.plot(
                     [printed] * 2,
                     [place - 0.45, place + 0.45],
-                    color=COLOURS[1],
+                    color=COLORS[1],
                     label=None if place else "paper, on CIFAR-10",
                 )
         axes.set(title=f"{depth} layers", xlabel="test accuracy (%)", xlim=(0, 100))

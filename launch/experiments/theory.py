@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from experiments.report import table, write_report
 from orthojax.analysis.growth import log_growth
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.isometry import error_growth
 from orthojax.models import PlainNet
 
@@ -80,7 +80,7 @@ def _draw(options, measured):
     fine = [3 * i / 100 for i in range(101)]
     for axes, kernel in zip(picture.subplots(1, 2), KERNELS, strict=True):
         axes.plot(fine, [error_growth(bias) for bias in fine], color="black", label="theory")
-        for colour, (depth, _) in zip(COLOURS, SHAPES[options.preset], strict=False):
+        for colour, (depth, _) in zip(COLORS, SHAPES[options.preset], strict=False):
             for seed in range(len(options.seeds)):
                 values = [math.exp(measured[depth, kernel, bias][seed]) for bias in BIASES]
                 label = f"{depth} layers" if seed == 0 else None

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture, write_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture, write_picture
 
 _THIN = {"linewidth": 1.2}
 _MARKED = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
@@ -32,8 +32,8 @@ def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> N
     """
     records = list(records)
     lines = [
-        (records, "train", {"label": "train", "color": COLOURS[0], **_THIN}),
-        (records, "test", {"label": "test", "color": COLOURS[1], **_MARKED}),
+        (records, "train", {"label": "train", "color": COLORS[0], **_THIN}),
+        (records, "test", {"label": "test", "color": COLORS[1], **_MARKED}),
     ]
     _draw(lines, path, title)
 
@@ -41,7 +41,7 @@ def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> N
 def draw_comparison(
     runs: Mapping[str, Iterable[Records]], path: str | os.PathLike, title: str = ""
 ) -> None:
-    """Draws several methods in the panels of `draw_curves`, one colour each.
+    """Draws several methods in the panels of `draw_curves`, one color each.
 
     Training curves are thin, test curves have markers.
 
@@ -60,12 +60,12 @@ def draw_comparison(
     """
     lines = []
     for index, (name, seeds) in enumerate(runs.items()):
-        colour = COLOURS[index % len(COLOURS)]
+        color = COLORS[index % len(COLORS)]
         for seed, records in enumerate(seeds):
             records = list(records)
             label = name if seed == 0 else None
-            lines.append((records, "train", {"color": colour, "alpha": 0.45, **_THIN}))
-            lines.append((records, "test", {"color": colour, "label": label, **_MARKED}))
+            lines.append((records, "train", {"color": color, "alpha": 0.45, **_THIN}))
+            lines.append((records, "test", {"color": color, "label": label, **_MARKED}))
     _draw(lines, path, title)
 
 

@@ -29,7 +29,7 @@ def tile_filters(kernel: np.ndarray, columns: int | None = None) -> np.ndarray:
     """
     height, width, channels, count = kernel.shape
     if channels not in (1, 3):
-        raise ValueError(f"a kernel of shape {kernel.shape} has no colours; it needs 1 or 3 inputs")
+        raise ValueError(f"a kernel of shape {kernel.shape} has no colors; it needs 1 or 3 inputs")
     columns = columns or math.ceil(math.sqrt(count))
     rows = math.ceil(count / columns)
     grid = np.ones((rows * (height + 1) - 1, columns * (width + 1) - 1, channels))

@@ -8,7 +8,7 @@ from orthojax.sites import SITE
 
 
 def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
-    r"""Growth of the squared error per layer at initialisation, from each convolution to the next.
+    r"""Growth of the squared error per layer at initialization, from each convolution to the next.
 
     The error enters as a random cotangent of the logits. Every modulation site hands it down with a
     second moment of 1, so the moment that arrives at the next is what it has grown by: the backward

@@ -7,8 +7,8 @@ from typing import Any
 
 from orthojax.storage import write_atomic
 
-# That the colour-blind can tell apart (Okabe and Ito).
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# That the color-blind can tell apart (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 def new_picture(width: float, height: float) -> Any:

@@ -6,9 +6,9 @@ when it is called, and it never imports TensorFlow.
 
 from orthojax.data.augmentation import augment, normalize
 from orthojax.data.dataset import InMemoryDataset
-from orthojax.data.interface import Dataset, TrainBatches
-from orthojax.data.loaders import implementation, load, stand_in
+from orthojax.data.loaders import fake_data, implementation, load
 from orthojax.data.pipeline import Split, TrainIterator, eval_batches
+from orthojax.data.protocols import Dataset, TrainBatches
 from orthojax.data.streamed import StreamedDataset
 
 __all__ = [
@@ -23,5 +23,5 @@ __all__ = [
     "implementation",
     "load",
     "normalize",
-    "stand_in",
+    "fake_data",
 ]

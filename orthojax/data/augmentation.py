@@ -1,4 +1,4 @@
-"""Augmentation and normalisation on the device: the host sends uint8 and nothing else."""
+"""Augmentation and normalization on the device: the host sends uint8 and nothing else."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def normalize(images: jax.Array, *, mean: jax.Array, std: jax.Array) -> jax.Arra
 def augment(
     images: jax.Array, key: jax.Array, *, mean: jax.Array, std: jax.Array, flip: bool
 ) -> jax.Array:
-    """Mirrors each image left to right with probability 1/2, if `flip`, then normalises it.
+    """Mirrors each image left to right with probability 1/2, if `flip`, then normalizes it.
 
     Args:
       images: uint8 (B, H, W, C).
@@ -90,7 +90,7 @@ def mirror(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def standardize_rgb(images: jax.Array) -> jax.Array:
-    """Subtracts ImageNet's mean colour and multiplies with 0.017.
+    """Subtracts ImageNet's mean color and multiplies with 0.017.
 
     Args:
       images: uint8 or float (B, H, W, 3) on the scale 0 to 255, in RGB.
@@ -106,9 +106,9 @@ def standardize_rgb(images: jax.Array) -> jax.Array:
 
 
 def color_shift(coefficients: jax.Array) -> jax.Array:
-    """AlexNet's colour augmentation: what to add to the pixels of each image.
+    """AlexNet's color augmentation: what to add to the pixels of each image.
 
-    Along each principal component of ImageNet's colours as much as its eigenvalue times a random
+    Along each principal component of ImageNet's colors as much as its eigenvalue times a random
     coefficient (Krizhevsky et al. 2012, section 4.1: normal, of standard deviation 0.1).
 
     Args:
@@ -131,7 +131,7 @@ def color_shift(coefficients: jax.Array) -> jax.Array:
 def augment_photographs(
     images: jax.Array, key: jax.Array, *, flip: bool, color_std: float
 ) -> jax.Array:
-    """Mirrors, shifts the colours of, and standardises crops of photographs.
+    """Mirrors, shifts the colors of, and standardizes crops of photographs.
 
     Args:
       images: uint8 (B, H, W, 3), in RGB.

@@ -1,6 +1,5 @@
 """Decoded splits on disk, so that a data set is decoded once on a machine and not once a run."""
 
-import dataclasses
 import hashlib
 import os
 import pathlib
@@ -13,20 +12,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+Arrays = dict[str, np.ndarray]
+
 _UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """A split as it is cached: images, labels, and the statistics of its pixels.
-
-    Shapes: `images` uint8 (N, H, W, C), `labels` int32 (N,), `mean` and `std` float32 (H, W, C).
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray
 
 
 def default_directory() -> pathlib.Path:
@@ -50,14 +38,7 @@ def entry(
 
 
 def fingerprint(directory: str) -> str:
-    """Hash of a prepared set: its metadata files, and every file's name, size and time of change.
-
-    Args:
-      directory: where the records are; `OSError` if it cannot be read.
-
-    Returns:
-      64 hexadecimal digits.
-    """
+    """Hash of a prepared set: its metadata, and every file's name, size and time of change."""
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(directory).iterdir()):
         stat = path.stat()
@@ -67,48 +48,35 @@ def fingerprint(directory: str) -> str:
     return digest.hexdigest()
 
 
-def read_or_build(path: pathlib.Path, key: str, build: Callable[[], Decoded]) -> Decoded:
-    """Returns what `path` holds for `key`, or builds it and leaves it there.
+def read_or_build(path: pathlib.Path, key: str, build: Callable[[], Arrays]) -> Arrays:
+    """Returns what `path` holds for `key`, see `fingerprint`, or builds it and leaves it there.
 
-    A file that is damaged is said to be so on stderr and replaced, one of another key is replaced.
-    The file appears whole or not at all. Where the disk refuses it, the result is returned all the
-    same, and stderr says that nothing was cached.
-
-    Args:
-      path: see `entry`.
-      key: see `fingerprint`.
-      build: called if the file does not serve.
+    A damaged file is reported on stderr and replaced, one of another key is replaced. The file
+    appears whole or not at all. Where it cannot be written, stderr says that nothing was cached.
     """
-    decoded = _read(path, key)
-    if decoded is None:
-        decoded = build()
-        try:
-            _write(path, key, decoded)
-        except OSError as error:
-            print(f"cannot cache decoded images as {path}: {error}", file=sys.stderr)
-    return decoded
-
-
-def _read(path: pathlib.Path, key: str) -> Decoded | None:
     try:
         with np.load(path, allow_pickle=False) as file:  # zip members carry a CRC, which is checked
-            if file["key"].item() != key:
-                return None
-            decoded = Decoded(*(file[field.name] for field in dataclasses.fields(Decoded)))
+            arrays = dict(file)
+        if arrays.pop("key").item() == key:
+            return arrays
     except FileNotFoundError:
-        return None
+        pass
     except _UNREADABLE as error:
         print(f"{path} is damaged ({error}); making it anew", file=sys.stderr)
-        return None
-    return decoded
+    arrays = build()
+    try:
+        _write(path, key, arrays)
+    except OSError as error:
+        print(f"cannot cache decoded images as {path}: {error}", file=sys.stderr)
+    return arrays
 
 
-def _write(path: pathlib.Path, key: str, decoded: Decoded) -> None:
+def _write(path: pathlib.Path, key: str, arrays: Arrays) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            np.savez(file, key=np.array(key), **vars(decoded))
+            np.savez(file, key=np.array(key), **arrays)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A prepared data set decoded into memory, with the statistics that normalise it."""
+"""A prepared data set decoded into memory, with the statistics that normalize it."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -115,16 +115,16 @@ def load(
     test = _decoded(found, test_split, downsample, cache_dir)
     return InMemoryDataset(
         name=name,
-        train=Split(train.images, train.labels),
-        test=Split(test.images, test.labels),
+        train=Split(train["images"], train["labels"]),
+        test=Split(test["images"], test["labels"]),
         num_classes=found.num_classes,
-        mean=train.mean,
-        std=train.std,
+        mean=train["mean"],
+        std=train["std"],
         flip=flip,
     )
 
 
-def stand_in(
+def fake_data(
     name: str,
     data_dir: str | None = None,
     *,
@@ -146,7 +146,7 @@ def stand_in(
         `downsample`.
 
     Example:
-      >>> digits = stand_in("digits", downsample=2)
+      >>> digits = fake_data("digits", downsample=2)
       >>> digits.image_shape, digits.num_classes
       ((4, 4, 1), 10)
     """
@@ -171,7 +171,7 @@ def black_split(shape: tuple[int, int, int]) -> Split:
 def average_pool(images: np.ndarray, size: int) -> np.ndarray:
     """Averages `size`×`size` blocks of pixels, rounded to the nearest integer, a half to even.
 
-    Rounding halves up would brighten CIFAR by an eighth of a grey level.
+    Rounding halves up would brighten CIFAR by an eighth of a gray level.
 
     Args:
       images: uint8 (N, H, W, C), H and W divisible by `size`.
@@ -217,14 +217,15 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _decoded(
     found: source.Source, split: str, downsample: int, cache_dir: str | None
-) -> cache.Decoded:
-    def build() -> cache.Decoded:
+) -> cache.Arrays:
+    def build() -> cache.Arrays:
         if downsample > 1:  # pooling is quick and decoding is not: share the full size
             full = _decoded(found, split, 1, cache_dir)
-            images, labels = average_pool(full.images, downsample), full.labels
+            images, labels = average_pool(full["images"], downsample), full["labels"]
         else:
             images, labels = source.decode(found, split)
-        return cache.Decoded(images, labels, *pixel_statistics(images))
+        mean, std = pixel_statistics(images)
+        return {"images": images, "labels": labels, "mean": mean, "std": std}
 
     path = cache.entry(cache_dir, found.full_name, found.directory, split, downsample)
     return cache.read_or_build(path, cache.fingerprint(found.directory), build)

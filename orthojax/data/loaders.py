@@ -1,10 +1,10 @@
-"""`load` and `stand_in` for any data set: in memory, or streamed from disk."""
+"""`load` and `fake_data` for any data set: in memory, or streamed from disk."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from orthojax.data import dataset, source, streamed
-from orthojax.data.interface import Dataset
+from orthojax.data.protocols import Dataset
 
 
 def load(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
@@ -32,31 +32,31 @@ def load(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
     return implementation(load, section)(name, data_dir, **arguments)
 
 
-def stand_in(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
+def fake_data(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
     """A data set's shapes without its records, for compiling and measuring programs.
 
     Args:
       name: see `load`; the other arguments too.
 
     Example:
-      >>> stand_in("digits", downsample=2).image_shape, stand_in("imagenet2012").image_shape
+      >>> fake_data("digits", downsample=2).image_shape, fake_data("imagenet2012").image_shape
       ((4, 4, 1), (224, 224, 3))
     """
     section = {"name": name, "data_dir": data_dir}
-    return implementation(stand_in, section)(name, data_dir, **arguments)
+    return implementation(fake_data, section)(name, data_dir, **arguments)
 
 
 def implementation(function: Callable[..., Dataset], section: Mapping) -> Callable[..., Dataset]:
-    """What `load` or `stand_in` calls for a set; its arguments are the keys of a config's section.
+    """What `load` or `fake_data` calls for a set; its arguments are the keys of a config's section.
 
     Args:
-      function: `load` or `stand_in`; any other function is returned as it is.
+      function: `load` or `fake_data`; any other function is returned as it is.
       section: `name`, and `data_dir` if it has one.
 
     Raises:
       DatasetError: the name is unknown.
     """
-    if function not in (load, stand_in):
+    if function not in (load, fake_data):
         return function
     module = dataset
     if isinstance(section.get("name"), str):  # else binding says what is missing

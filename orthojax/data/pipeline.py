@@ -2,11 +2,10 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from orthojax.data.order import Order, check_batch_size
+from orthojax.data import sampler
 
 Batch = dict[str, np.ndarray]
 
@@ -25,16 +24,17 @@ class Split:
         return len(self.labels)
 
 
-class TrainIterator:
+class TrainIterator(sampler.Resumable):
     """Yields training batches for ever; batch k is a function of (seed, k) alone.
 
-    Batch k holds the positions `[k * batch_size, (k + 1) * batch_size)` of `Order(seed,
-    len(split))`: a batch may cross from one epoch into the next, and no image is ever dropped.
-    `set_state` followed by `next` gives, bit for bit, what the undisturbed stream would have given.
+    Batch k holds the positions `[k * batch_size, (k + 1) * batch_size)` of the stream
+    (`orthojax.data.sampler.images`): a batch may cross from one epoch into the next, and no image
+    is ever dropped. `set_state` followed by `next` gives, bit for bit, what the undisturbed stream
+    would have given.
 
     Each batch is a new array rather than a buffer used again: `jax.device_put` may keep reading
     from, or even alias, the memory it was given. Gathering needs no thread of its own: it is far
-    faster than any model here (`tests/test_data_speed.py` measures it).
+    faster than any model here (`python launch/benchmark.py input` measures it).
 
     Args:
       split: what to draw from.
@@ -56,39 +56,21 @@ class TrainIterator:
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, rows: np.ndarray | None = None):
-        check_batch_size(batch_size, len(split))
+        sampler.check_batch_size(batch_size, len(split))
+        super().__init__(seed, len(split))
         self._split = split
         self._batch_size = batch_size
         self._wanted = slice(None) if rows is None else rows
-        self._order = Order(seed, len(split))
-        self._position = 0
-
-    def __iter__(self) -> "TrainIterator":
-        return self
+        sampler.images(seed, len(split), 0, 1)  # a negative seed is an error here
 
     def __next__(self) -> Batch:
-        images = self._order.images(self._position, self._batch_size)[self._wanted]
+        images = sampler.images(self._seed, self._size, self._position, self._batch_size)
+        images = images[self._wanted]
         self._position += self._batch_size
         return {
             "image": np.take(self._split.images, images, axis=0),
             "label": np.take(self._split.labels, images),
         }
-
-    def get_state(self) -> dict[str, int]:
-        """Where the stream stands, JSON-able; `position` counts the images handed out so far."""
-        return self._order.state(self._position)
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from what `get_state` returned.
-
-        The batch size is not part of the state: with another one the stream of images goes on from
-        the same image, cut into batches of the new size.
-
-        Args:
-          state: what `get_state` returned, perhaps from another process. `DatasetError` if it
-            belongs to another seed or to a split of another length, which is another stream.
-        """
-        self._position = self._order.position(state)
 
     def close(self) -> None:
         """Frees what the iterator holds: here nothing."""
@@ -112,7 +94,7 @@ def eval_batches(split: Split, batch_size: int, rows: np.ndarray | None = None) 
       >>> [batch["mask"].sum().item() for batch in eval_batches(split, batch_size=4)]
       [4.0, 4.0, 2.0]
     """
-    check_batch_size(batch_size)
+    sampler.check_batch_size(batch_size)
     return _padded_batches(split, batch_size, np.arange(batch_size) if rows is None else rows)
 
 

@@ -42,7 +42,7 @@ def _download_and_prepare(name, builder, manual_dir):
     if importlib.util.find_spec("tensorflow") is None:
         raise DatasetError(
             f"preparing {name!r} needs TensorFlow (training does not); "
-            "install it with\n    pip install 'orthojax[prepare]'"
+            "install it with\n    pip install -e '.[prepare]'"
         )
     try:
         builder.download_and_prepare(
@@ -52,7 +52,7 @@ def _download_and_prepare(name, builder, manual_dir):
     except ImportError as error:
         raise DatasetError(
             f"preparing {name!r} needs a package that is missing: {error}; install it, or "
-            "everything that the common data sets need with\n    pip install 'orthojax[prepare]'"
+            "everything that the common data sets need with\n    pip install -e '.[prepare]'"
         ) from error
     except AssertionError as error:  # TFDS's way of saying which archive it wants, and where
         raise DatasetError(f"cannot prepare {name!r}: {error}") from error

@@ -1,10 +1,11 @@
-"""The encoded images of a prepared TFDS split, read at random, without TFDS."""
+"""The encoded images of a prepared TFDS split, read at random."""
 
 import dataclasses
 import functools
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
-from orthojax.data.example import parse_example
 from orthojax.errors import DatasetError
 
 
@@ -32,12 +33,14 @@ class Records:
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index: int) -> tuple[memoryview, int]:
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
         """The encoded image and the label of a record; `DatasetError` if it cannot be read."""
+        files, parse, parse_error = self._opened
         try:
-            features = parse_example(self._files[index])
-            return features[self.image_key], features[self.label_key]
-        except (RuntimeError, ValueError, KeyError) as error:
+            features = parse(files[index]).features.feature
+            image, label = features[self.image_key], features[self.label_key]
+            return image.bytes_list.value[0], label.int64_list.value[0]
+        except (RuntimeError, IndexError, parse_error) as error:
             raise DatasetError(
                 f"record {index} of split {self.split!r} in {self.directory} is damaged or missing "
                 f"({error}); remove that directory and prepare the set again"
@@ -47,7 +50,46 @@ class Records:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def _files(self) -> Any:
+    def _opened(self) -> tuple[Any, Any, type[Exception]]:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
+        from google.protobuf.message import DecodeError
+        from tensorflow_datasets.proto import tf_example_pb2
 
-        return ArrayRecordDataSource(self.shards)
+        return ArrayRecordDataSource(self.shards), tf_example_pb2.Example.FromString, DecodeError
+
+
+class Undecodable:
+    """Counts the images of a split that cannot be decoded, and warns of them.
+
+    Args:
+      records: of the split.
+      remedy: what is done with such an image: `left out`.
+    """
+
+    def __init__(self, records: Records, remedy: str):
+        self._where = f"split {records.split!r} in {records.directory}"
+        self._remedy = remedy
+        self._count = 0
+        self._warned = False
+
+    def add(self, images: Iterable[int]) -> None:
+        """Counts the indices that are not -1, and warns of the first at once."""
+        found = [image for image in images if image >= 0]
+        self._count += len(found)
+        if found and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"image number {found[0]} of {self._where} cannot be decoded and is "
+                f"{self._remedy}; if there are more, their count follows",
+                stacklevel=3,
+            )
+
+    def report(self, when: str) -> None:
+        """Warns of how many there were since the last report, if more than one."""
+        if self._count > 1:
+            warnings.warn(
+                f"{when} {self._count:,} images of {self._where} could not be decoded and were "
+                f"{self._remedy}",
+                stacklevel=3,
+            )
+        self._count = 0

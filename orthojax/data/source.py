@@ -6,19 +6,17 @@ import difflib
 import os
 import re
 import shlex
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import tqdm
 
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
-_PROGRESS_SECONDS = 1.0
-_CLEAR_LINE = "\r\x1b[K"
+_PROGRESS_SECONDS = 1.0  # what is over sooner says nothing
 
 _REENCODED = re.compile(r"(?P<name>\w+)_(?P<size>[1-9]\d*)(?P<rest>[/:].*)?")
 
@@ -209,6 +207,14 @@ def records(source: Source, split: str) -> Records:
     return Records(split, source.directory, shards, size, source.image_key, source.label_key)
 
 
+def examples(source: Source, split: str) -> Any:
+    """TFDS's data source of a split, with its images as they are encoded; see `reading`."""
+    import tensorflow_datasets as tfds
+
+    decoders = {source.image_key: tfds.decode.SkipDecoding()}
+    return source.builder.as_data_source(split=split, decoders=decoders)
+
+
 def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Decodes every image of a split, in the order of its records, with a progress line on stderr.
 
@@ -226,13 +232,19 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     records = source.builder.as_data_source(split=split)
     images = np.empty((size, *source.image_shape), np.uint8)
     labels = np.empty(size, np.int32)
-    with quiet(), _progress(f"decoding {source.full_name} {split}", size) as show:
+    title = f"decoding {source.full_name} {split}"
+    progress = tqdm.tqdm(
+        total=size, desc=title, unit="images", delay=_PROGRESS_SECONDS, mininterval=1
+    )
+    with quiet(), progress:
         for start in range(0, size, _CHUNK):
             rows = range(start, min(start + _CHUNK, size))
-            for row, example in zip(rows, _read(source, records, rows), strict=True):
+            with reading(source):
+                chunk = records.__getitems__(rows)
+            for row, example in zip(rows, chunk, strict=True):
                 images[row] = example[source.image_key]
                 labels[row] = example[source.label_key]
-            show(rows.stop)
+            progress.update(len(rows))
     return images, labels
 
 
@@ -249,10 +261,14 @@ def _checked_split(source: Source, split: str) -> Any:
     return found
 
 
-def _read(source: Source, records: Any, rows: range) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def reading(source: Source) -> Iterator[None]:
+    """Raises `DatasetError` for what reading a TFDS data source raises where it is damaged."""
+    from google.protobuf.message import DecodeError
+
     try:
-        return records.__getitems__(rows)
-    except RuntimeError as error:  # array_record's only one: no such file, too short, wrong hash
+        yield
+    except (RuntimeError, DecodeError) as error:  # no such file, too short, wrong hash; no example
         raise DatasetError(
             f"the records in {source.directory} are damaged or incomplete ({error}); remove that "
             "directory and prepare the set again"
@@ -297,28 +313,3 @@ def _has(features: Any, key: Any, kind: type) -> bool:
     # TFDS's keys may be nested tuples or dicts of names, and its features one without a name.
     named = isinstance(key, str) and hasattr(features, "keys") and key in features
     return named and isinstance(features[key], kind)
-
-
-@contextlib.contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields `show(done)`: a live line on a terminal, elsewhere one when it begins and one at last.
-
-    What is over in a second says nothing.
-    """
-    live = sys.stderr.isatty()
-    start = time.monotonic()
-    due = start + _PROGRESS_SECONDS
-    shown = False
-
-    def show(done: int) -> None:
-        nonlocal due, shown
-        if time.monotonic() > due and (live or not shown):
-            begin, end = (_CLEAR_LINE, "") if live else ("", "\n")
-            line = f"{begin}{what}: {done:,} of {total:,} images"
-            print(line, end=end, file=sys.stderr, flush=True)
-            due, shown = time.monotonic() + _PROGRESS_SECONDS, True
-
-    yield show
-    if shown:
-        begin, seconds = _CLEAR_LINE if live else "", time.monotonic() - start
-        print(f"{begin}{what}: {total:,} images in {seconds:.1f} s", file=sys.stderr, flush=True)

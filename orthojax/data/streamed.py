@@ -11,8 +11,8 @@ import numpy as np
 from orthojax.data import source
 from orthojax.data.augmentation import augment_photographs, standardize_rgb
 from orthojax.data.dataset import BLACK_IMAGES, black_split
-from orthojax.data.interface import Batch, TrainBatches
 from orthojax.data.pipeline import Split, TrainIterator, eval_batches
+from orthojax.data.protocols import Batch, TrainBatches
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
@@ -87,7 +87,7 @@ class StreamedDataset:
         return {"workers": self.workers, "threads": self.threads}
 
 
-class StandIn(StreamedDataset):
+class FakeDataset(StreamedDataset):
     """The same without records: black images."""
 
     def train_batches(
@@ -120,7 +120,7 @@ def load(
     """Opens a set of photographs that TFDS has prepared, such as `imagenet2012`.
 
     Training images are scaled to a square of side `resize`, whatever their aspect ratio, and a
-    random square of side `crop` is cut from it; test images are cut in the centre. What is
+    random square of side `crop` is cut from it; test images are cut in the center. What is
     random on the host is a function of the seed and the position in the stream, so neither the
     number of workers nor that of hosts changes an image.
 
@@ -132,7 +132,7 @@ def load(
       resize: in pixels.
       crop: in pixels, at most `resize`; what the net sees.
       flip: whether training images are mirrored at random.
-      color_std: of the coefficients of AlexNet's colour augmentation; 0 for none.
+      color_std: of the coefficients of AlexNet's color augmentation; 0 for none.
       workers: processes that decode; None is one for each core this process may use, and 0 decodes
         in threads of this process.
       threads: of each worker; more than one where reading has to wait for a distant disk.
@@ -146,14 +146,14 @@ def load(
     if missing:
         raise DatasetError(
             f"reading {name!r} needs {', '.join(missing)}; install what is missing with\n"
-            "    pip install 'orthojax[imagenet]'"
+            "    pip install -e '.[imagenet]'"
         )
     train, test = (source.records(found, split) for split in (train_split, test_split))
     numbers = _checked(resize, crop, color_std, workers, threads)
     return StreamedDataset(name, train, test, found.num_classes, flip=flip, **numbers)
 
 
-def stand_in(
+def fake_data(
     name: str,
     data_dir: str | None = None,
     *,
@@ -165,7 +165,7 @@ def stand_in(
     color_std: float = 0.1,
     workers: int | None = None,
     threads: int = 1,
-) -> StandIn:
+) -> FakeDataset:
     """The same without records: black images.
 
     Args:
@@ -175,14 +175,14 @@ def stand_in(
       DatasetError: the name is unknown or a number is impossible.
 
     Example:
-      >>> stand_in("imagenet2012").image_shape
+      >>> fake_data("imagenet2012").image_shape
       (224, 224, 3)
     """
     del train_split, test_split
     found = source.find(name, data_dir, prepared=False)
     records = Records("", "", (), BLACK_IMAGES, found.image_key, found.label_key)
     numbers = _checked(resize, crop, color_std, workers, threads)
-    return StandIn(name, records, records, found.num_classes, flip=flip, **numbers)
+    return FakeDataset(name, records, records, found.num_classes, flip=flip, **numbers)
 
 
 def _checked(

@@ -28,7 +28,7 @@ def decode(encoded: bytes | memoryview, at_least: int | None = None) -> np.ndarr
     """Decodes an image of any kind to RGB, as it lies: an orientation in its metadata is ignored.
 
     Args:
-      encoded: the content of a file: JPEG (also grey or CMYK), PNG, or what else Pillow reads.
+      encoded: the content of a file: JPEG (also gray or CMYK), PNG, or what else Pillow reads.
       at_least: if given, a large JPEG may come back reduced by 2, 4 or 8, with both sides at least
         `REDUCTION_MARGIN * at_least` long.
 

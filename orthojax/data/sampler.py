@@ -1,0 +1,120 @@
+"""The order of training images: a function of the seed and the position in the stream alone."""
+
+import functools
+from typing import Any, Self
+
+import numpy as np
+
+from orthojax.errors import DatasetError
+
+
+def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order in which epoch `epoch` visits `size` images, a function of the arguments alone.
+
+    NumPy promises the same bits for ever from `SeedSequence` and from a bit generator's
+    `random_raw`, but not from `Generator.permutation` (NEP 19). So the order is that of `size`
+    raw 64-bit words of Philox, sorted stably.
+
+    Args:
+      seed: a non-negative integer; `ValueError` otherwise.
+      epoch: a non-negative integer.
+      size: the number of images.
+
+    Returns:
+      int64 (size,), a permutation of `range(size)`.
+
+    Example:
+      >>> epoch_permutation(seed=0, epoch=0, size=5).tolist()
+      [1, 4, 2, 0, 3]
+    """
+    words = np.random.Philox(np.random.SeedSequence(seed, spawn_key=(epoch,))).random_raw(size)
+    return np.argsort(words, kind="stable")
+
+
+# Two, because a batch may reach from one epoch into the next.
+_recent_permutation = functools.lru_cache(maxsize=2)(epoch_permutation)
+
+
+def images(seed: int, size: int, position: int, count: int) -> np.ndarray:
+    """The images at `[position, position + count)` of the endless stream: int64 (count,).
+
+    The stream is the concatenation over the epochs of `epoch_permutation(seed, epoch, size)`; a
+    position counts images from its beginning.
+
+    Example:
+      >>> images(0, 5, 3, 4).tolist()  # the last two of the first epoch, and two of the second
+      [0, 3, 2, 3]
+    """
+    pieces = []
+    while count:
+        epoch, start = divmod(position, size)
+        pieces.append(_recent_permutation(seed, epoch, size)[start : start + count])
+        position += len(pieces[-1])
+        count -= len(pieces[-1])
+    return np.concatenate(pieces)
+
+
+def image(seed: int, size: int, position: int) -> int:
+    """The image at a position of the stream."""
+    epoch, start = divmod(position, size)
+    return int(_recent_permutation(seed, epoch, size)[start])
+
+
+def random_words(seed: int, size: int, position: int, count: int) -> np.ndarray:
+    """What is random about a position of the stream, such as a crop: uint64 (count,).
+
+    Like the order it is the same for ever; images of an epoch draw independently, and so does an
+    image in every epoch.
+    """
+    entropy = np.random.SeedSequence(seed, spawn_key=divmod(position, size))
+    return np.random.Philox(entropy).random_raw(count)
+
+
+class Resumable:
+    """The state of a training iterator: a position in the endless stream of images.
+
+    Args:
+      seed: of the stream.
+      size: the number of images.
+    """
+
+    def __init__(self, seed: int, size: int):
+        self._seed = seed
+        self._size = size
+        self._position = 0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def get_state(self) -> dict[str, int]:
+        """Where the stream stands, of JSON's types; `position` counts the images handed out."""
+        return {"position": self._position, "seed": self._seed, "num_images": self._size}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from what `get_state` returned.
+
+        The batch size is not part of the state: with another one the stream of images goes on from
+        the same image, cut into batches of the new size.
+
+        Args:
+          state: what `get_state` returned, perhaps from another process. `DatasetError` if it
+            belongs to another seed or to a split of another length, which is another stream.
+        """
+        for name, own in (("seed", self._seed), ("num_images", self._size)):
+            if state[name] != own:
+                raise DatasetError(
+                    f"the saved data position is of a stream with {name} {state[name]}, this one "
+                    f"has {name} {own}; resume with the data set and seed the run was started with"
+                )
+        self._position = int(state["position"])
+
+
+def check_batch_size(batch_size: int, size: int | None = None) -> None:
+    """Raises `DatasetError` for a batch of no images, or of more than the `size` there are."""
+    if batch_size < 1:
+        raise DatasetError(f"batch_size {batch_size} is not positive; choose one of at least 1")
+    if size is not None and batch_size > size:
+        raise DatasetError(
+            f"batch_size {batch_size} is larger than the training split of {size} "
+            f"images; choose a batch_size of at most {size}"
+        )
