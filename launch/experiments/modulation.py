@@ -5,7 +5,7 @@ import statistics
 from configs import digits_plain110
 from experiments.arms import LADDER, digits
 from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLOURS, clear_frame, new_picture
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.sweep import over_seeds, tuned
 
 TITLE = "Modulation from the paper's start, on the digits"
@@ -80,7 +80,7 @@ def report(options, results):
 def _draw(results):
     picture = new_picture(5.5, 3.6)
     axes = picture.subplots()
-    for arm, color in (("modulated", COLOURS[0]), ("off", COLOURS[1]), ("SGD + L2", COLOURS[2])):
+    for arm, color in (("modulated", COLORS[0]), ("off", COLORS[1]), ("SGD + L2", COLORS[2])):
         points = {
             depth: [100 * record["test_accuracy"] for record in records]
             for (depth, name), records in sorted(results.items())
