@@ -1,4 +1,4 @@
-"""Which parameters are penalised, as what matrices, and why the others are not: a table."""
+"""Which parameters are penalized, as what matrices, and why the others are not: a table."""
 
 import dataclasses
 from typing import Any
@@ -6,13 +6,11 @@ from typing import Any
 import jax
 
 from orthojax.errors import ConfigError
-from orthojax.matrices import KernelAxes
 from orthojax.ortho.kernels import Kernel, find_kernels
-from orthojax.ortho.measures import orthonormality_error
-from orthojax.ortho.resolution import resolve
+from orthojax.ortho.measures import errors_of
 from orthojax.ortho.views import View
 
-_HEADINGS = ("path", "shape", "blocks", "f_in × f_out", "groups", "penalised", "error")
+_HEADINGS = ("path", "shape", "blocks", "f_in × f_out", "groups", "penalized", "error")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,16 +19,16 @@ class Row:
 
     Attributes:
       path: Its place in the tree, joined by `/`.
-      shape: Its shape; `None` for what is no array.
-      blocks: Matrices side by side: stacked layers × feature groups. 0 if not penalised.
+      shape: Its shape.
+      blocks: Matrices side by side: stacked layers × feature groups. 0 if not penalized.
       fan: `(f_in, f_out)` of each of them, or `None`.
       groups: Sizes of the column groups of each of them.
-      reason: Why it is not penalised; empty if it is.
-      error: `orthonormality_error` of its worst group; `None` if not penalised or without values.
+      reason: Why it is not penalized; empty if it is.
+      error: `orthonormality_error` of its worst group; `None` if not penalized or without values.
     """
 
     path: str
-    shape: tuple[int, ...] | None
+    shape: tuple[int, ...]
     blocks: int = 0
     fan: tuple[int, int] | None = None
     groups: tuple[int, ...] = ()
@@ -38,14 +36,14 @@ class Row:
     error: float | None = None
 
     @property
-    def penalised(self) -> bool:
+    def penalized(self) -> bool:
         """Whether `optax_ortho` with the same arguments touches it."""
         return not self.reason
 
     def cells(self) -> tuple[str, ...]:
         """The row as text, one cell for each heading."""
-        shape = "" if self.shape is None else "×".join(map(str, self.shape)) or "scalar"
-        if not self.penalised:
+        shape = "×".join(map(str, self.shape)) or "scalar"
+        if not self.penalized:
             return (self.path, shape, "", "", "", f"no: {self.reason}", "")
         error = "" if self.error is None else f"{self.error:.2e}"
         fan = f"{self.fan[0]} × {self.fan[1]}"
@@ -62,18 +60,19 @@ class Table:
         lines = [_HEADINGS, *(row.cells() for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        penalised = sum(row.penalised for row in self.rows)
-        return "\n".join([*text, f"{penalised} of {len(self.rows)} parameters penalised"])
+        penalized = sum(row.penalized for row in self.rows)
+        return "\n".join([*text, f"{penalized} of {len(self.rows)} parameters penalized"])
 
 
 def describe(
-    params: Any, *, mask: Any = None, view: View | Any = None, grouping: str = "ceil"
+    params: Any, mask: Any = None, *, view: View | Any = None, grouping: str = "ceil"
 ) -> Table:
     """List every parameter with the matrix that `optax_ortho` with these arguments sees in it.
 
     Columns: path; shape; blocks (stacked layers × feature groups); `f_in × f_out` of a block; sizes
-    of its column groups; penalised, or why not; `orthonormality_error` at present. A parameter that
-    the view cannot tell, an error elsewhere, is a row with the error's text here.
+    of its column groups; penalized, or why not; `orthonormality_error` at present. A parameter that
+    the view cannot tell, an error elsewhere, is a row with the error's text here. What is no array
+    (`None`, a function, a Python number) is no parameter and has no row.
 
     Args:
       params: Parameter tree, of arrays or of `jax.ShapeDtypeStruct` (then without errors).
@@ -86,37 +85,26 @@ def describe(
       >>> import jax.numpy as jnp
       >>> tree = {"conv": {"kernel": jnp.zeros((3, 3, 3, 64)), "bias": jnp.zeros(64)}}
       >>> print(describe(tree))
-      path         shape     blocks  f_in × f_out  groups     penalised       error
+      path         shape     blocks  f_in × f_out  groups     penalized       error
       conv/bias    64                                         no: named bias
       conv/kernel  3×3×3×64  1       27 × 64       2×27 + 10  yes             1.00e+00
-      1 of 2 parameters penalised
+      1 of 2 parameters penalized
     """
-    tolerant = _tolerant(resolve(view))
-    found = list(find_kernels(params, mask, tolerant, grouping))
-    described = {path: array for path, array, kernel in found if not isinstance(kernel, str)}
-    errors = {}
-    if not any(isinstance(array, jax.ShapeDtypeStruct) for array in described.values()):
-        errors = orthonormality_error(params, mask=mask, view=tolerant, grouping=grouping)
+    found = [
+        (path, array, kernel)
+        for path, array, kernel in find_kernels(params, mask, view, grouping)
+        if hasattr(array, "shape") and hasattr(array, "dtype")
+    ]
+    kernels = [(array, kernel) for _, array, kernel in found if isinstance(kernel, Kernel)]
+    abstract = any(isinstance(array, jax.ShapeDtypeStruct) for array, _ in kernels)
+    errors = {} if abstract else errors_of(kernels)
     return Table(tuple(_row(*entry, errors.get(entry[0])) for entry in found))
 
 
-def _tolerant(view: View) -> View:
-    """The view, with an error's text as the reason for which a parameter is left out."""
-
-    def tolerant(path, array):
-        try:
-            axes = view(path, array)
-            if isinstance(axes, KernelAxes):
-                axes.matrix_shape(tuple(array.shape))
-            return axes
-        except ConfigError as error:
-            return f"ERROR: {error}"
-
-    return tolerant
-
-
-def _row(path, array, kernel: Kernel | str, error):
-    shape = tuple(array.shape) if hasattr(array, "shape") else None
+def _row(path, array, kernel: Kernel | str | ConfigError, error):
+    shape = tuple(array.shape)
+    if isinstance(kernel, ConfigError):
+        return Row(path, shape, reason=f"ERROR: {kernel}")
     if isinstance(kernel, str):
         return Row(path, shape, reason=kernel)
     blocks = kernel.blocks // len(kernel.groups)

@@ -1,10 +1,11 @@
-"""Initialisers that make kernels orthonormal, with the signature of `jax.nn.initializers`.
+"""Initializers that make kernels orthonormal, with the signature of `jax.nn.initializers`.
 
-An initialiser is a function `(key, shape, dtype=float32) -> array`; the last axis of `shape` is
+An initializer is a function `(key, shape, dtype=float32) -> array`; the last axis of `shape` is
 the output, all others the input (the layout of JAX and Flax).
 """
 
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from orthojax.errors import ConfigError
 from orthojax.matrices import accumulation_dtype, group_sizes
 
 
-def orthonormal(groups: str = "ceil", gain: float = 1.0):
-    """An initialiser whose kernels have orthonormal columns, `WᵀW = gain² I`, Haar distributed.
+def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1):
+    """An initializer whose kernels have orthonormal columns, `WᵀW = gain² I`, Haar distributed.
 
     The kernel is read as `W` of shape `(f_in, f_out)`, all axes but the last against the last.
     Gram-Schmidt on Gaussian columns, output channel by output channel, is the QR decomposition of
@@ -28,6 +29,8 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0):
     Args:
       groups: `"ceil"` or `"literal"`, the grouping to give to `optax_ortho` as well.
       gain: Singular value of every group. `optax_ortho` pulls towards 1.
+      feature_groups: `feature_group_count` of a grouped convolution, the number of inputs of a
+        depthwise one: the outputs of each feature group are made orthonormal by themselves.
 
     Returns:
       `init(key, shape, dtype=float32)`; `shape` of rank >= 2, `dtype` any floating dtype. The
@@ -35,7 +38,8 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0):
       the rounding of an orthonormal one.
 
     Raises:
-      ConfigError: Unknown `groups`; at call time, a shape of rank < 2 or a non-floating dtype.
+      ConfigError: Unknown `groups`; at call time, a shape of rank < 2, a non-floating dtype, or
+        outputs that `feature_groups` does not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -52,18 +56,24 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0):
 
     def init(key, shape, dtype=jnp.float32):
         dtype = _floating(dtype, shape, minimum_rank=2)
-        fan_in, fan_out = math.prod(shape[:-1]), shape[-1]
-        matrix = _grouped_columns(key, fan_in, fan_out, groups, accumulation_dtype(dtype))
+        rows, columns = math.prod(shape[:-1]), _columns_of_a_group(shape, feature_groups)
+        if not rows or not columns:
+            return jnp.zeros(shape, dtype)
+        matrix = _of_every_group(
+            key,
+            feature_groups,
+            lambda k: _grouped_columns(k, rows, columns, groups, accumulation_dtype(dtype)),
+        )
         return (gain * matrix.reshape(shape)).astype(dtype)
 
     return init
 
 
-def delta_orthonormal(gain: float = 1.0):
-    """An initialiser whose kernels are zero but for the centre tap, a semi-orthonormal matrix.
+def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
+    """An initializer whose kernels are zero but for the center tap, a semi-orthonormal matrix.
 
-    A kernel of shape `(*window, C, M)` becomes `K[centre] = gain · A` with `A` of shape `(C, M)`
-    and `centre = (size − 1) // 2` along each window axis, so that a convolution of stride 1 is
+    A kernel of shape `(*window, C, M)` becomes `K[center] = gain · A` with `A` of shape `(C, M)`
+    and `center = (size − 1) // 2` along each window axis, so that a convolution of stride 1 is
     `y(x) = gain · Aᵀ u(x + shift)` at every place: with circular padding its transfer matrix is
     `A` times a phase at every frequency, and all its `min(C, M)` singular values are `gain`.
 
@@ -83,31 +93,46 @@ def delta_orthonormal(gain: float = 1.0):
 
     Args:
       gain: Singular value of the convolution.
+      feature_groups: `feature_group_count` of the convolution, by default 1; each group gets a
+        matrix `A` of its own, and the statements above hold for it. An expanding kernel and that of
+        a grouped or depthwise convolution have one shape and different matrices: a warning says so
+        where a window has more outputs than inputs and this is not given.
 
     Returns:
       `init(key, shape, dtype=float32)`; `shape` of rank >= 2 (rank 2 is a dense layer: no window),
       `dtype` any floating dtype, computed in float32 or better, then cast.
 
     Raises:
-      ConfigError: At call time, a shape of rank < 2 or a non-floating dtype.
+      ConfigError: At call time, a shape of rank < 2, a non-floating dtype, or outputs that
+        `feature_groups` does not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp
       >>> kernel = delta_orthonormal()(jax.random.key(0), (3, 3, 8, 4), jnp.bfloat16)
-      >>> centre = kernel[1, 1].astype(jnp.float32)
-      >>> bool(jnp.allclose(centre.T @ centre, jnp.eye(4), atol=2e-2)), kernel.dtype.name
+      >>> center = kernel[1, 1].astype(jnp.float32)
+      >>> bool(jnp.allclose(center.T @ center, jnp.eye(4), atol=2e-2)), kernel.dtype.name
       (True, 'bfloat16')
     """
 
     def init(key, shape, dtype=jnp.float32):
         dtype = _floating(dtype, shape, minimum_rank=2)
         *window, inputs, outputs = shape
-        tall = orthonormal_columns(
-            key, max(inputs, outputs), min(inputs, outputs), accumulation_dtype(dtype)
+        if feature_groups is None and window and outputs > inputs:
+            warnings.warn(
+                f"delta_orthonormal: a kernel of shape {tuple(shape)} is taken for that of an"
+                " expanding convolution; it is no isometry of a grouped or depthwise one. Say which"
+                " by delta_orthonormal(feature_groups=1), or the layer's feature_group_count there",
+                stacklevel=2,
+            )
+        groups = feature_groups or 1
+        columns = _columns_of_a_group(shape, groups)
+        if 0 in shape:
+            return jnp.zeros(shape, dtype)
+        tap = _of_every_group(
+            key, groups, lambda k: _semi_orthonormal(k, inputs, columns, accumulation_dtype(dtype))
         )
-        tap = tall if inputs >= outputs else tall.T
-        centre = tuple((size - 1) // 2 for size in window)
-        kernel = jnp.zeros(shape, tap.dtype).at[centre].set(gain * tap)
+        center = tuple((size - 1) // 2 for size in window)
+        kernel = jnp.zeros(shape, tap.dtype).at[center].set(gain * tap)
         return kernel.astype(dtype)
 
     return init
@@ -125,7 +150,21 @@ def orthonormal_columns(key, rows: int, columns: int, dtype=jnp.float32) -> jax.
     q, r = jnp.linalg.qr(gaussian)
     # Householder QR leaves the signs of R's diagonal arbitrary. Gram-Schmidt makes them positive,
     # and only then is Q uniformly distributed.
-    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)
+    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)[None]
+
+
+def _of_every_group(key, groups, make):
+    """`make(key)` of every feature group, `(rows, columns)` each, side by side."""
+    if groups == 1:
+        return make(key)
+    parts = jax.vmap(make)(jax.random.split(key, groups))
+    return jnp.moveaxis(parts, 0, 1).reshape(parts.shape[1], -1)
+
+
+def _semi_orthonormal(key, rows, columns, dtype):
+    """`(rows, columns)` with orthonormal columns, or rows if these are fewer."""
+    tall = orthonormal_columns(key, max(rows, columns), min(rows, columns), dtype)
+    return tall if rows >= columns else tall.T
 
 
 def _grouped_columns(key, fan_in, fan_out, groups, dtype):
@@ -143,6 +182,15 @@ def _grouped_columns(key, fan_in, fan_out, groups, dtype):
     return jnp.concatenate(parts, axis=1)
 
 
+def _columns_of_a_group(shape, feature_groups):
+    if feature_groups < 1 or shape[-1] % feature_groups:
+        raise ConfigError(
+            f"the {shape[-1]} outputs of a kernel of shape {tuple(shape)} cannot be cut into"
+            f" feature_groups={feature_groups} equal parts"
+        )
+    return shape[-1] // feature_groups
+
+
 def _floating(dtype, shape, minimum_rank):
     dtype = jax.dtypes.canonicalize_dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -150,6 +198,6 @@ def _floating(dtype, shape, minimum_rank):
     if len(shape) < minimum_rank:
         raise ConfigError(
             f"a kernel of shape {tuple(shape)} has no matrix: rank {minimum_rank} or more is needed"
-            " (inputs, then the outputs); initialise biases and scales with something else"
+            " (inputs, then the outputs); initialize biases and scales with something else"
         )
     return dtype

@@ -13,7 +13,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from orthojax.errors import ConfigError
 
@@ -28,8 +27,8 @@ class KernelAxes:
     `flax.linen.scan` and `jax.vmap` make them. Negative axes count from the end.
 
     Attributes:
-      inputs: Axes whose product is `f_in`, in the order in which they are flattened.
-      outputs: Axes whose product is `f_out`.
+      inputs: Axes whose product is `f_in`, in the order in which they are flattened; or one axis.
+      outputs: Axes whose product is `f_out`; or one axis.
       spatial: Those of `inputs` along which a convolution window slides (used by the `conv`
         variant alone).
       feature_groups: `feature_group_count` of a grouped convolution; the outputs are cut into that
@@ -47,7 +46,12 @@ class KernelAxes:
     feature_groups: int = 1
     strides: int | tuple[int, ...] = 1
 
-    def normalised(self, ndim: int) -> "KernelAxes":
+    def __post_init__(self):
+        for name in ("inputs", "outputs", "spatial"):
+            axes = getattr(self, name)
+            object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+
+    def normalized(self, ndim: int) -> "KernelAxes":
         """These axes with every number non-negative, checked against an array of rank `ndim`.
 
         Raises:
@@ -75,7 +79,7 @@ class KernelAxes:
 
     def stack(self, ndim: int) -> tuple[int, ...]:
         """The stack axes of an array of rank `ndim`, ascending."""
-        axes = self.normalised(ndim)
+        axes = self.normalized(ndim)
         return tuple(axis for axis in range(ndim) if axis not in axes.inputs + axes.outputs)
 
     def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -84,7 +88,7 @@ class KernelAxes:
         Raises:
           ConfigError: The outputs cannot be cut into `feature_groups` equal blocks.
         """
-        axes = self.normalised(len(shape))
+        axes = self.normalized(len(shape))
         fan_in = math.prod(shape[axis] for axis in axes.inputs)
         fan_out = math.prod(shape[axis] for axis in axes.outputs)
         if self.feature_groups < 1 or fan_out % self.feature_groups:
@@ -139,13 +143,16 @@ def group_sizes(fan_in: int, fan_out: int, grouping: str = "ceil") -> tuple[int,
 
 
 def accumulation_dtype(dtype) -> jnp.dtype:
-    """The dtype of Gram products of parameters of this dtype: float32, or float64 for float64.
+    """The dtype of Gram products of parameters of this dtype: float32, or float64 if that is it.
+
+    (And if it is enabled: a NumPy array of float64 is a float32 one to JAX, unless told otherwise.)
 
     Example:
       >>> accumulation_dtype("bfloat16")
       dtype('float32')
     """
-    return jnp.promote_types(dtype, jnp.float32)
+    wide = jax.dtypes.canonicalize_dtype(dtype) == jnp.float64
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
 def to_blocks(kernel: jax.Array, axes: KernelAxes, grouping: str = "none") -> jax.Array:
@@ -203,18 +210,22 @@ def from_blocks(
     return blocks.reshape(ordered).transpose(inverse)
 
 
-def valid_columns(shape: tuple[int, ...], axes: KernelAxes, grouping: str = "none") -> np.ndarray:
-    """`(blocks, columns)`: 1 for every column of `to_blocks` from the kernel, 0 for padding.
+def valid_columns(shape: tuple[int, ...], axes: KernelAxes, grouping: str = "none") -> jax.Array:
+    """`(blocks, columns)`: `True` for every column of `to_blocks` from the kernel, else padding.
+
+    Computed in the program, from the sizes alone: for a wide kernel it would be a large constant.
 
     Example:
       >>> valid_columns((2, 3), default_axes(2), "ceil").tolist()
-      [[1.0, 1.0], [1.0, 0.0]]
+      [[True, True], [True, False]]
     """
     fan_in, fan_out = axes.matrix_shape(shape)
     sizes = group_sizes(fan_in, fan_out, grouping)
-    valid = (np.arange(max(sizes)) < np.asarray(sizes)[:, None]).astype(np.float32)
-    stack = math.prod(shape[axis] for axis in axes.stack(len(shape)))
-    return np.tile(valid, (stack * axes.feature_groups, 1))
+    width, whole = max(sizes), sum(size == max(sizes) for size in sizes)
+    layers = math.prod(shape[axis] for axis in axes.stack(len(shape))) * axes.feature_groups
+    valid_shape = (layers, len(sizes), width)
+    group, column = (jax.lax.broadcasted_iota(jnp.int32, valid_shape, axis) for axis in (1, 2))
+    return ((group < whole) | (column < sizes[-1])).reshape(-1, width)
 
 
 def gram(blocks: jax.Array) -> jax.Array:
@@ -247,7 +258,7 @@ def times(blocks: jax.Array, matrices: jax.Array) -> jax.Array:
 
 
 def _order(ndim, axes):
-    axes = axes.normalised(ndim)
+    axes = axes.normalized(ndim)
     return axes.stack(ndim) + axes.inputs + axes.outputs
 
 

@@ -133,7 +133,7 @@ def train_haiku(optimizer):
 
 
 ORTHO = {
-    "nnx": (train_nnx, views.flax_nnx()),
+    "nnx": (train_nnx, views.flax()),
     "equinox": (train_equinox, views.equinox()),
     "haiku": (train_haiku, views.haiku()),
 }
@@ -161,7 +161,7 @@ def test_optax_ortho_in_a_training_loop(framework):
 
     # The view saw these kernels, as these matrices, and nothing else.
     rows = describe(with_ortho.params, view=view).rows
-    seen = {row.path: row.fan for row in rows if row.penalised}
+    seen = {row.path: row.fan for row in rows if row.penalized}
     assert seen == {path: matrix.shape for path, matrix in with_ortho.matrices.items()}
     assert len(rows) == 8  # three biases, a scale and an offset are left alone
     measured = orthonormality_error(with_ortho.params, view=view)

@@ -1,5 +1,7 @@
 """Properties of the initialisers: what they promise to be orthonormal, measured."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,8 @@ import pytest
 
 from orthojax.errors import ConfigError
 from orthojax.initializers import delta_orthonormal, orthonormal
-from orthojax.matrices import group_sizes
+from orthojax.matrices import KernelAxes, group_sizes
+from orthojax.ortho import orthonormality_error
 
 
 def draw(initializer, seed, shape, dtype=jnp.float32):
@@ -99,7 +102,7 @@ def transfer_matrices(kernel, side):
 @pytest.mark.parametrize("channels", [(8, 8), (8, 5), (5, 8)])
 @pytest.mark.parametrize("window", [(3, 3), (4, 1)])
 def test_delta_kernels_are_semi_orthogonal_at_every_frequency(channels, window):
-    kernel = np.asarray(draw(delta_orthonormal(1.5), 9, (*window, *channels)))
+    kernel = np.asarray(draw(delta_orthonormal(1.5, feature_groups=1), 9, (*window, *channels)))
     values = np.linalg.svd(transfer_matrices(kernel, 7), compute_uv=False)
     assert values.shape == (49, min(channels))
     np.testing.assert_allclose(values, 1.5, rtol=1e-6)
@@ -115,7 +118,11 @@ def test_repeated_gram_schmidt_kernels_are_no_isometry_of_the_convolution():
 def test_norms_through_the_layer(channels):
     """Expanding layers keep the norm of signals, contracting ones that of cotangents."""
     layer = nn.Conv(
-        channels[1], (3, 3), padding="CIRCULAR", use_bias=False, kernel_init=delta_orthonormal()
+        channels[1],
+        (3, 3),
+        padding="CIRCULAR",
+        use_bias=False,
+        kernel_init=delta_orthonormal(feature_groups=1),
     )
     images = jax.random.normal(jax.random.key(11), (2, 6, 6, channels[0]))
     params = layer.init(jax.random.key(12), images)
@@ -130,7 +137,7 @@ def test_norms_through_the_layer(channels):
 
 @pytest.mark.parametrize("channels", [(4, 4), (4, 9), (9, 4)])
 def test_strided_layers_keep_the_norm_of_what_they_read(channels):
-    kernel = draw(delta_orthonormal(), 14, (3, 3, *channels))
+    kernel = draw(delta_orthonormal(feature_groups=1), 14, (3, 3, *channels))
     images = jax.random.normal(jax.random.key(15), (2, 8, 8, channels[0]))
 
     def layer(x):
@@ -148,7 +155,9 @@ def test_strided_layers_keep_the_norm_of_what_they_read(channels):
 
 
 def test_what_is_orthonormal_in_an_expanding_delta_kernel():
-    kernel = np.asarray(draw(delta_orthonormal(), 16, (3, 3, 4, 10))).reshape(36, 10)
+    kernel = np.asarray(draw(delta_orthonormal(feature_groups=1), 16, (3, 3, 4, 10))).reshape(
+        36, 10
+    )
     values = singular_values(kernel.T @ kernel)
     np.testing.assert_allclose(values[:4], 1, rtol=1e-6)
     np.testing.assert_allclose(values[4:], 0, atol=1e-6)
@@ -164,6 +173,56 @@ def test_in_flax_layers(make):
         kernel = layer.init(jax.random.key(17), x)["params"]["kernel"]
         matrix = kernel.astype(jnp.float32).reshape(kernel.shape[0] if x.ndim == 2 else 54, -1)
         np.testing.assert_allclose(singular_values(matrix), 1, atol=2e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("outputs", [4, 8, 16])
+def test_delta_kernels_of_grouped_convolutions_are_isometries(groups, outputs):
+    if outputs % groups:
+        with pytest.raises(ConfigError, match="4 outputs.*feature_groups=8"):
+            delta_orthonormal(feature_groups=groups)(jax.random.key(0), (3, 3, 1, outputs))
+        return
+    layer = nn.Conv(
+        outputs,
+        (3, 3),
+        feature_group_count=groups,
+        use_bias=False,
+        padding="CIRCULAR",
+        kernel_init=delta_orthonormal(1.5, groups),
+    )
+    images = jax.random.normal(jax.random.key(1), (1, 3, 3, 8))
+    params = layer.init(jax.random.key(0), images)
+    jacobian = jax.jacobian(lambda x: layer.apply(params, x))(images)
+    np.testing.assert_allclose(singular_values(jacobian.reshape(9 * outputs, 72)), 1.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((3, 3, 1, 8), 8), ((1, 1, 3, 8), 4), ((1, 3, 8), 2)]
+)
+def test_orthonormal_kernels_of_grouped_convolutions(shape, groups):
+    kernel = draw(orthonormal(feature_groups=groups), 0, shape)
+    axes = KernelAxes(inputs=tuple(range(len(shape) - 1)), outputs=-1, feature_groups=groups)
+    errors = orthonormality_error({"kernel": kernel}, view={"kernel": axes})
+    assert errors["kernel"] < 1e-6
+    blocks = np.asarray(kernel).reshape(-1, groups, shape[-1] // groups)
+    assert np.abs(blocks[:, 0] - blocks[:, 1]).max() > 0.01  # groups are independent
+
+
+def test_an_expanding_delta_kernel_that_may_be_a_grouped_one_warns():
+    with pytest.warns(UserWarning, match=r"\(3, 3, 1, 8\).*feature_groups=1"):
+        delta_orthonormal()(jax.random.key(0), (3, 3, 1, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delta_orthonormal()(jax.random.key(0), (3, 3, 8, 8))
+        delta_orthonormal()(jax.random.key(0), (4, 8))
+        delta_orthonormal(feature_groups=1)(jax.random.key(0), (3, 3, 1, 8))
+
+
+@pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3, 0, 4), (3, 3, 0, 8), (0, 3, 4, 8)])
+def test_kernels_without_elements(make, shape):
+    kernel = make(feature_groups=2 if shape[-1] else 1)(jax.random.key(0), shape, jnp.bfloat16)
+    assert kernel.shape == shape and kernel.dtype == jnp.bfloat16
 
 
 def test_errors():

@@ -34,9 +34,16 @@ def test_initial_kernels_have_no_error_and_no_penalty():
 
 
 def test_a_tree_without_kernels():
-    assert orthonormality_error({"bias": jnp.ones(3)}) == {}
-    assert ortho_penalty({"bias": jnp.ones(3)}) == 0
-    assert project_orthonormal({"bias": None}) == {"bias": None}
+    params = {"bias": jnp.ones(3)}
+    assert orthonormality_error(params) == {}
+    for function in (ortho_penalty, project_orthonormal):
+        with pytest.raises(ConfigError, match="nothing to penalize.*'bias' .named bias"):
+            function(params)
+    # What optax may leave of a tree, and a layer of width 0.
+    for params in ({"bias": None}, {}, {"kernel": jnp.zeros((0, 4))}):
+        assert orthonormality_error(params) == {}
+        assert ortho_penalty(params) == 0
+        assert project_orthonormal(params) == params or "kernel" in params
 
 
 def polar(matrix):
@@ -78,7 +85,10 @@ def test_projection_of_an_orthonormal_kernel_is_itself_and_keeps_dtypes():
     np.testing.assert_allclose(low.astype(jnp.float32), kernel, atol=1e-2)
 
 
-@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+METHODS = pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+
+
+@METHODS
 def test_projection_of_ill_conditioned_kernels(method):
     """Singular values from 1 to 1e-3, in float64 to see the method and not the conditioning."""
     rng = np.random.default_rng(4)
@@ -89,9 +99,57 @@ def test_projection_of_ill_conditioned_kernels(method):
     np.testing.assert_allclose(found, left @ right.T, atol=1e-11)
 
 
-def test_projection_of_zero_is_finite():
-    found = project_orthonormal({"kernel": jnp.zeros((4, 3))})["kernel"]
-    assert np.isfinite(found).all()
+def projected(kernel, method, **arguments):
+    project = jax.jit(lambda k: project_orthonormal({"kernel": k}, method=method, **arguments))
+    return project(kernel)["kernel"]
+
+
+@METHODS
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_projection_does_not_depend_on_the_scale(method, scale):
+    matrix = np.random.default_rng(5).normal(size=(16, 8))
+    found = projected(jnp.asarray(scale * matrix, jnp.float32), method)
+    np.testing.assert_allclose(found, polar(matrix), atol=2e-6)
+
+
+@METHODS
+@pytest.mark.parametrize("smallest", [1e-5, 1e-7, 0.0])
+def test_projection_converges_whatever_the_condition(method, smallest):
+    rng = np.random.default_rng(6)
+    left, right = (np.linalg.qr(rng.normal(size=(64, 64)))[0] for _ in range(2))
+    values = np.ones(64)
+    values[-3:] = smallest
+    kernel = jnp.asarray(left * values @ right.T, jnp.float32)
+    found = projected(kernel, method)
+    assert orthonormality_error({"kernel": found})["kernel"] < 1e-5
+    # Where the kernel says what is nearest, that is it.
+    np.testing.assert_allclose(left[:, :61].T @ found @ right[:, :61], np.eye(61), atol=1e-4)
+
+
+@METHODS
+@pytest.mark.parametrize(
+    "kernel",
+    {
+        "zero": np.zeros((6, 4)),
+        "a dead column": np.eye(6, 4) * [1, 0, 1, 1],
+        "equal columns": np.ones((6, 4)),
+        "zero, in groups": np.zeros((4, 10)),
+        "equal columns, in groups": np.ones((4, 10)),
+        "one element": np.zeros((1, 1)),
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_projection_without_full_rank_picks_an_orthonormal_one(method, kernel):
+    found = projected(jnp.asarray(kernel[1], jnp.float32), method)
+    assert orthonormality_error({"kernel": found})["kernel"] < 1e-5
+
+
+def test_projection_of_what_is_not_finite_is_not_finite_and_leaves_the_others_alone():
+    good = jax.random.normal(jax.random.key(7), (8, 4))
+    params = {"bad": {"kernel": good.at[0, 0].set(jnp.nan)}, "good": {"kernel": good}}
+    found = project_orthonormal(params)
+    assert np.isnan(found["bad"]["kernel"]).any()
+    assert orthonormality_error(found)["good/kernel"] < 1e-6
 
 
 def test_unknown_method():

@@ -97,9 +97,9 @@ def check(layout, variant, axis_type=AxisType.Auto):
         np.testing.assert_allclose(found, exact, atol=2e-6)
 
 
-def collectives(layout, batched=True):
+def collectives(layout):
     _, params, _ = sharded_params(layout)
-    ortho = optax_ortho(0.1, batched=batched)
+    ortho = optax_ortho(0.1)
     compiled = jax.jit(ortho.update).lower(params, ortho.init(params), params).compile()
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return re.findall(rf" = .*? ({names})(?:-start)?\(", compiled.as_text())
@@ -109,7 +109,6 @@ def test_data_parallel_needs_no_collectives():
     assert not collectives("data")
 
 
-@pytest.mark.parametrize("batched", [True, False])
-def test_kernels_sharded_over_inputs_are_never_gathered(batched):
+def test_kernels_sharded_over_inputs_are_never_gathered():
     """What crosses devices is the Gram matrices, summed, in one reduction."""
-    assert collectives("fsdp over inputs", batched) == ["all-reduce"]
+    assert collectives("fsdp over inputs") == ["all-reduce"]

@@ -6,9 +6,21 @@ import numpy as np
 import optax
 import pytest
 
+from orthojax.describe import describe
 from orthojax.errors import ConfigError
+from orthojax.initializers import delta_orthonormal, orthonormal
 from orthojax.matrices import default_axes
-from orthojax.ortho import OrthoState, decoupled_ortho, optax_ortho, ortho_penalty
+from orthojax.ortho import (
+    VARIANTS,
+    OrthoState,
+    decoupled_ortho,
+    mean_correlation,
+    optax_ortho,
+    ortho_penalty,
+    orthonormality_error,
+    project_orthonormal,
+    views,
+)
 
 
 def make_params(seed=0, dtype=jnp.float32):
@@ -73,24 +85,15 @@ def test_a_stack_is_its_layers_one_by_one():
         np.testing.assert_allclose(gradient.reshape(-1, 4), expected, atol=1e-6)
 
 
-def test_one_product_for_small_kernels_of_one_shape_and_one_for_a_stack():
+def test_many_kernels_at_once_are_each_alone():
     params = {
         f"layer{n}": {"kernel": jax.random.normal(jax.random.key(n), (3, 3, 4, 4)) / 6}
-        for n in range(40)
+        for n in range(5)
     }
     params["stage"] = {"scanned": {"kernel": jnp.ones((10, 3, 3, 4, 4)) / 6}}
     params["head"] = {"kernel": jnp.ones((4, 3))}
-
-    def products(batched):
-        ortho = optax_ortho(batched=batched)
-        text = str(jax.make_jaxpr(lambda p: ortho.update(p, ortho.init(p), p)[0])(params))
-        return text.count("dot_general")
-
-    assert products(batched=True) == 6  # the layers, the stack, the head: WᵀW and W E of each
-    assert products(batched=False) == 84
-    together, apart = (
-        apply(optax_ortho(batched=b), zeros(params), params)[0] for b in (True, False)
-    )
+    together, _ = apply(optax_ortho(), zeros(params), params)
+    apart = {name: apply(optax_ortho(), zeros(p), p)[0] for name, p in params.items()}
     assert_close(together, apart)
 
 
@@ -159,22 +162,148 @@ def test_the_second_call_does_not_compile():
         assert count == 1
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        {"conv": True, "norm": True, "stage": False, "dense": False, "temperature": True},
-        lambda params: jax.tree_util.tree_map_with_path(
-            lambda path, leaf: "conv" in str(path[0]), params
-        ),
-    ],
-    ids=["prefix tree", "function"],
-)
-def test_masks(mask):
+MASKS = {
+    "prefix tree": {
+        "conv": True,
+        "norm": True,
+        "stage": False,
+        "dense": False,
+        "temperature": True,
+    },
+    "function": lambda params: jax.tree_util.tree_map_with_path(
+        lambda path, leaf: "conv" in str(path[0]), params
+    ),
+    "numpy booleans": {**dict.fromkeys(make_params(), np.False_), "conv": np.True_},
+    "arrays": {**dict.fromkeys(make_params(), jnp.array(False)), "conv": np.array(True)},
+    "numbers": {**dict.fromkeys(make_params(), 0), "conv": 1},
+    "function to a prefix": lambda params: {name: name == "conv" for name in params},
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_masks_are_what_they_are_to_optax(mask):
     params = make_params()
-    updates, _ = apply(optax_ortho(0.1, mask=mask), zeros(params), params)
+    updates, _ = apply(optax_ortho(0.1, mask), zeros(params), params)
     expected = penalty_gradient(params, 0.1)
     assert_close(updates["conv"], expected["conv"])
     assert not any(leaf.any() for leaf in jax.tree.leaves((updates["dense"], updates["stage"])))
+    in_optax = optax.masked(optax_ortho(0.1), mask)
+    assert_close(updates, apply(in_optax, zeros(params), params)[0])
+
+
+def test_a_mask_that_is_a_tree_and_can_be_called():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.filter(eqx.nn.MLP(4, 4, 8, 2, key=jax.random.key(0)), eqx.is_array)
+    first = eqx.tree_at(
+        lambda mask: mask.layers[0].weight, jax.tree.map(lambda _: False, model), True
+    )
+    everything = jax.tree.map(lambda leaf: leaf.ndim > 1, model)
+    view = views.equinox()
+    full, _ = apply(optax_ortho(0.1, view=view), zeros(model), model)
+    found, _ = apply(optax_ortho(0.1, everything, view=view), zeros(model), model)
+    assert_close(found, full)
+    found, _ = apply(optax_ortho(0.1, first, view=view), zeros(model), model)
+    assert_close(found.layers[0], full.layers[0])
+    assert not found.layers[1].weight.any()
+    rows = {row.path: row.reason for row in describe(model, first, view=view).rows}
+    assert rows["layers/0/weight"] == "" and rows["layers/1/weight"] == "masked"
+
+
+@pytest.mark.parametrize("form", [optax_ortho, decoupled_ortho])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask": "kernel"}, "mask of parameter .* is 'kernel'"),
+        ({"mask": {"dense": "yes", "norm": True}}, "mask of parameter 'dense/bias' is 'yes'"),
+        ({"mask": {"dense": None, "norm": True}}, "mask of parameter 'dense/bias' is None"),
+        ({"mask": {"dense": jnp.ones(4, bool), "norm": True}}, "mask of parameter 'dense/bias'"),
+        ({"mask": {"dens": True}}, "the mask, a tree, says nothing about parameter 'dense/"),
+        ({"mask": jnp.array(True)}, "mask is an array.*inject_hyperparams.*static_args"),
+        ({"mask": lambda params: False}, "nothing to penalize.*'dense/bias' .masked"),
+        ({"view": "flax"}, "view='flax' is a string"),
+        ({"view": lambda params: None}, "nothing to penalize.*left out by the view"),
+        ({"coefficient": -1e-4}, "coefficient=-0.0001"),
+        ({"coefficient": float("nan")}, "coefficient=nan"),
+        ({"coefficient": "1e-4"}, "coefficient='1e-4'"),
+        ({"variant": "frobenious"}, "variant='frobenious'.*frobenius"),
+        ({"grouping": "floor"}, "grouping='floor'.*ceil"),
+    ],
+    ids=str,
+)
+def test_what_would_switch_it_off_without_a_word_is_an_error(form, arguments, message):
+    params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}, "norm": jnp.ones(3)}
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        form(**arguments).init(params)
+
+
+def test_nothing_to_penalize():
+    for params in ({"bias": jnp.ones(3)}, {"w": jnp.ones((3, 3))}):
+        with pytest.raises(ConfigError, match="nothing to penalize.*named.*describe.*view"):
+            optax_ortho().init(params)
+    with pytest.raises(ConfigError, match=r"one array.*optax\.flatten"):
+        optax.flatten(optax_ortho()).init(make_params())
+    # Nobody's mistake: no parameters, those of another label, a layer of width 0.
+    for params in ({}, {"a": None}, {"a": optax.MaskedNode()}, {"kernel": jnp.ones((0, 3))}):
+        optax_ortho().init(params)
+    labels = {"dense": "a", **dict.fromkeys(set(make_params()) - {"dense"}, "b")}
+    parts = {"a": optax_ortho(0.1), "b": optax.identity(), "c": optax_ortho(0.2)}
+    params = make_params()
+    updates, _ = apply(optax.multi_transform(parts, labels), zeros(params), params)
+    assert_close(updates["dense"], penalty_gradient(params, 0.1)["dense"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3, 3, 0, 8), (3, 3, 4, 0)], ids=str)
+def test_kernels_without_elements_are_left_alone(variant, shape):
+    params = {"empty": {"kernel": jnp.ones(shape)}, "full": {"kernel": 2 * jnp.eye(3)}}
+    updates, _ = apply(optax_ortho(0.1, variant=variant), params, params)
+    assert updates["empty"]["kernel"].shape == shape
+    only = {"kernel": jnp.ones(shape)}
+    assert apply(optax_ortho(0.1, variant=variant), only, only)[0]["kernel"].shape == shape
+    assert ortho_penalty(only, variant=variant) == 0
+
+
+@pytest.mark.parametrize("shape", [(64, 10007), (64, 9984), (512, 50257)])
+@pytest.mark.parametrize("grouping", ["ceil", "literal"])
+def test_programs_do_not_grow_with_the_kernel(shape, grouping):
+    ortho = optax_ortho(1e-4, grouping=grouping)
+    params = {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    program = jax.jit(lambda u, p: ortho.update(u, optax.EmptyState(), p)[0])
+    assert len(program.lower(params, params).as_text()) < 50_000
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_promotion_of_ranks_and_dtypes(variant, dtype):
+    """As Flax's, Equinox's and JAX's own tests run. What is promoted is seen while tracing."""
+
+    def everything(key):
+        params = {
+            "conv": {"kernel": orthonormal()(key, (3, 3, 2, 24), dtype)},
+            "delta": {"kernel": delta_orthonormal()(key, (3, 3, 4, 4), dtype)},
+            "depthwise": {"kernel": orthonormal(feature_groups=4)(key, (3, 3, 1, 4), dtype)},
+        }
+        updates, numbers = params, []
+        for coefficient in (0.1, jnp.float32(0.1), optax.linear_schedule(0.0, 0.1, 3)):
+            ortho = optax_ortho(coefficient, variant=variant)
+            updates, _ = ortho.update(updates, ortho.init(params), params)
+            if not callable(coefficient):
+                numbers.append(ortho_penalty(params, coefficient, variant=variant))
+        numbers.append(mean_correlation(params))
+        numbers.append(orthonormality_error(params))
+        methods = ("newton_schulz", "svd")
+        projected = [project_orthonormal(params, method=method) for method in methods]
+        return updates, projected, numbers
+
+    with (
+        jax.enable_x64(dtype == "float64"),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+    ):
+        updates, projected, numbers = jax.eval_shape(everything, jax.random.key(0))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((updates, projected))} == {dtype}
+    wide = "float64" if dtype == "float64" else "float32"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(numbers)} == {wide}
 
 
 def test_views_and_masks_as_trees_inside_optax_masked_and_multi_transform():
@@ -217,10 +346,14 @@ def test_inject_hyperparams():
     assert_close(update(zeros(params), state, params)[0], penalty_gradient(params, 0.1))
     state.hyperparams["coefficient"] = jnp.float32(0.3)
     assert_close(update(zeros(params), state, params)[0], penalty_gradient(params, 0.3))
-    scheduled = optax.inject_hyperparams(optax_ortho, static_args=("mask",))(
-        coefficient=lambda count: 0.1 * (count + 1), mask=lambda params: True
+    scheduled = optax.inject_hyperparams(optax_ortho, static_args=("mask", "view"))(
+        coefficient=lambda count: 0.1 * (count + 1), mask=lambda params: True, view=views.flax()
     )
     assert_close(apply(scheduled, zeros(params), params)[0], penalty_gradient(params, 0.1))
+    # A function that is not named there is called with the number of updates.
+    for functions in ({"mask": lambda params: isinstance(params, dict)}, {"view": views.flax()}):
+        with pytest.raises((ConfigError, TypeError)):
+            optax.inject_hyperparams(optax_ortho)(coefficient=0.1, **functions).init(params)
 
 
 def test_multi_steps():
@@ -269,7 +402,7 @@ def test_init_reports_what_cannot_be_read():
         optax_ortho(view={"conv": None}).init({"dense": {"kernel": jnp.ones((2, 2))}})
 
 
-def test_before_the_momentum_it_is_the_gradient_of_a_penalised_loss():
+def test_before_the_momentum_it_is_the_gradient_of_a_penalized_loss():
     params = make_params()
     target = make_params(1)
 
@@ -290,8 +423,8 @@ def test_before_the_momentum_it_is_the_gradient_of_a_penalised_loss():
 
     sgd = optax.sgd(0.02, momentum=0.9)
     with_ortho = train(optax.chain(optax_ortho(0.1), sgd), loss)
-    penalised = train(sgd, lambda p: loss(p) + ortho_penalty(p, 0.1))
-    assert_close(with_ortho, penalised, atol=1e-5)
+    penalized = train(sgd, lambda p: loss(p) + ortho_penalty(p, 0.1))
+    assert_close(with_ortho, penalized, atol=1e-5)
 
 
 def test_decoupled_forms_leave_the_moments_alone():

@@ -133,7 +133,7 @@ def test_strided_convolution(shape, stride):
         expected, gradient = jax.jit(jax.value_and_grad(lambda k: conv_reference(k, stride)))(
             kernel
         )
-        found = closed_form(kernel, 2.0, "conv", view=lambda path, array: axes)
+        found = closed_form(kernel, 2.0, "conv", view={"kernel": axes})
         penalty = penalty_of(kernel, "conv", view={"kernel": axes})
     assert relative(found, gradient) < 1e-13
     assert relative(penalty, expected) < 1e-13
@@ -172,7 +172,9 @@ def test_zero_gradient_at_the_minima(name):
     for shape in [(2, 2, 4, 4), (2, 2, 2, 12)]:
         # The convolution is orthogonal with delta kernels, rows and columns with square ones.
         wide = shape[-1] > 8
-        kernel = draw(delta_orthonormal() if name == "conv" else orthonormal(), key, shape)
+        kernel = draw(
+            delta_orthonormal(feature_groups=1) if name == "conv" else orthonormal(), key, shape
+        )
         if name == "double" and wide:
             kernel = draw(orthonormal(), key, (12, 8)).T.reshape(shape)
         if name == "cosine":

@@ -1,7 +1,7 @@
 """Orthonormal kernels: the penalty, its variants, its measures, and the nearest orthonormal kernel.
 
 views, resolution      which parameters are kernels, and their axes
-variants, conv         what is penalised, with gradients in closed form
+variants, conv         what is penalized, with gradients in closed form
 kernels                kernels of one shape in one product
 transformation         `optax_ortho`, `decoupled_ortho`
 measures, projection   `ortho_penalty`, `orthonormality_error`, `mean_correlation`,

@@ -42,7 +42,7 @@ class Conv:
       >>> import jax
       >>> from orthojax.initializers import delta_orthonormal
       >>> from orthojax.ortho import ortho_penalty
-      >>> kernel = delta_orthonormal()(jax.random.key(0), (3, 3, 4, 8))
+      >>> kernel = delta_orthonormal()(jax.random.key(0), (3, 3, 8, 4))
       >>> bool(ortho_penalty({"kernel": kernel}, 2.0, variant="conv") < 1e-9)
       True
     """
@@ -61,7 +61,7 @@ class Conv:
         real, imaginary = _transfer(blocks, layout)
         to_kernel = jax.linear_transpose(lambda x: _transfer(x, layout), blocks)
         even, odd = _excess(real, imaginary)
-        weights = 2 * _weights(layout, blocks.dtype)[:, None, None]
+        weights = 2 * _weights(layout, blocks.dtype)[None, :, None, None]
         into_real = _matmul(real, even) - _matmul(imaginary, odd)
         into_imaginary = _matmul(real, odd) + _matmul(imaginary, even)
         (gradient,) = to_kernel((weights * into_real, weights * into_imaginary))
@@ -83,7 +83,8 @@ def _transfer(blocks, layout):
 def _excess(real, imaginary):
     """Real and imaginary part of `KᴴK − I`."""
     both = jnp.concatenate([real, imaginary], axis=-2)
-    even = _matmul(jnp.swapaxes(both, -1, -2), both) - jnp.eye(both.shape[-1], dtype=both.dtype)
+    eye = jnp.eye(both.shape[-1], dtype=both.dtype)[None, None]
+    even = _matmul(jnp.swapaxes(both, -1, -2), both) - eye
     cross = _matmul(jnp.swapaxes(real, -1, -2), imaginary)
     return even, cross - jnp.swapaxes(cross, -1, -2)
 
@@ -134,7 +135,7 @@ def _phases(layout):
 def _weights(layout, dtype):
     """The share of each frequency of `_phases`, and its conjugate, in the mean over all."""
     pairs = len(_phases(layout)) - 1
-    return jnp.asarray([1] + [2] * pairs, dtype) / (1 + 2 * pairs)
+    return jnp.asarray(np.array([1] + [2] * pairs) / (1 + 2 * pairs), dtype)
 
 
 def _matmul(left, right):

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,8 @@ from orthojax.matrices import (
     valid_columns,
 )
 from orthojax.ortho.conv import Conv
-from orthojax.ortho.resolution import axes_or_reason, leaves_with_paths, look_up_tree, resolve
+from orthojax.ortho.paths import leaves_with_paths
+from orthojax.ortho.resolution import EMPTY, axes_or_reason, resolve_mask, resolve_view
 from orthojax.ortho.variants import (
     SRIP,
     Cosine,
@@ -49,7 +50,7 @@ LARGEST_BATCHED = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One penalised parameter: its place in the tree, its axes, how its columns are grouped."""
+    """One penalized parameter: its place in the tree, its axes, how its columns are grouped."""
 
     path: str
     shape: tuple[int, ...]
@@ -82,10 +83,16 @@ class Kernel:
             strides=tuple(self.axes.strides),
         )
 
-    def identity(self, dtype) -> np.ndarray:
-        """The target of `WᵀW`, `(blocks, n, n)`: zero on the diagonal where a column is padding."""
+    def identity(self, dtype) -> jax.Array:
+        """The target of `WᵀW`: zero on the diagonal where a column is padding.
+
+        Shape `(blocks, n, n)`, or `(1, n, n)` if no column of any block is padding.
+        """
+        eye = jnp.eye(max(self.groups), dtype=dtype)[None]
+        if min(self.groups) == max(self.groups):
+            return eye
         valid = valid_columns(self.shape, self.axes, self.grouping)
-        return (valid[:, :, None] * np.eye(valid.shape[1])).astype(dtype)
+        return jnp.where(valid[:, :, None], eye, jnp.zeros_like(eye))
 
 
 def variant_named(variant: str | Variant) -> Variant:
@@ -105,43 +112,88 @@ def variant_named(variant: str | Variant) -> Variant:
     return VARIANTS[variant]()
 
 
-def penalised(
+def penalized(
     params: Any, mask: Any, view: Any, grouping: str, grouped: bool = True
 ) -> list[tuple[jax.Array, Kernel]]:
     """The kernels among the parameters, with their arrays; arguments and errors: `find_kernels`."""
-    found = find_kernels(params, mask, view, grouping, grouped)
-    return [(array, kernel) for _, array, kernel in found if isinstance(kernel, Kernel)]
+    found = []
+    for _, array, kernel in find_kernels(params, mask, view, grouping, grouped):
+        if isinstance(kernel, ConfigError):
+            raise kernel
+        if isinstance(kernel, Kernel):
+            found.append((array, kernel))
+    return found
+
+
+def penalized_or_refuse(
+    params: Any, mask: Any, view: Any, grouping: str, grouped: bool = True
+) -> list[tuple[jax.Array, Kernel]]:
+    """Those of `penalized`; none at all is an error: a penalty of nothing is a mistake.
+
+    Kernels without elements and trees without arrays (what `optax.multi_transform` may leave) pass.
+
+    Raises:
+      ConfigError: As `find_kernels`, or there are arrays and none of them is a kernel.
+    """
+    kernels = penalized(params, mask, view, grouping, grouped)
+    if kernels:
+        return kernels
+    found = [
+        (path, kernel)
+        for path, array, kernel in find_kernels(params, mask, view, grouping, grouped)
+        if hasattr(array, "shape")  # an array
+    ]
+    if not found or any(reason == EMPTY for _, reason in found):
+        return []
+    if found[0][0] == "":
+        hint = (
+            "they are one array; if `optax.flatten` made it, put this transformation outside of it"
+        )
+    else:
+        examples = [f"{path!r} ({reason})" for path, reason in found[:3]]
+        hint = f"{', '.join(examples)}{', …' if len(found) > 3 else ''}"
+    raise ConfigError(
+        f"there is nothing to penalize: none of these parameters is a kernel: {hint}."
+        " `orthojax.describe(params)` lists them all with the reasons; `view` says which are"
+        " kernels and what their axes are"
+    )
 
 
 def find_kernels(
     params: Any, mask: Any, view: Any, grouping: str, grouped: bool = True
-) -> Iterator[tuple[str, Any, Kernel | str]]:
-    """`(path, array, Kernel or the reason why it is none)` of every leaf, `None` leaves included.
+) -> list[tuple[str, Any, "Kernel | str | ConfigError"]]:
+    """`(path, array, kernel)` of every leaf, `None` leaves included.
+
+    In the place of the kernel stands the reason why the leaf is none, or the error that using it
+    would raise: the view cannot tell its axes, or says what does not fit it.
 
     Raises:
-      ConfigError: A view or mask that does not fit a parameter; the message names the path.
+      ConfigError: An unknown grouping; a mask or view that is no such thing or says nothing about
+        a parameter; two parameters at one path.
     """
     group_sizes(1, 1, grouping)
-    view = resolve(view)
-    chosen = look_up_tree("mask", mask(params) if callable(mask) else mask)
+    chosen, axes_of = resolve_mask(mask, params), resolve_view(view, params)
+    found = {}
     for path, array in leaves_with_paths(params):
+        if path in found:
+            raise ConfigError(f"two parameters are at the one path {path!r}: rename one of them")
         if array is None:
-            yield path, None, "None"
-        elif mask is not None and not chosen(path):
-            yield path, array, "masked"
+            found[path] = (None, "None")
+        elif not (hasattr(array, "shape") and hasattr(array, "dtype")):
+            found[path] = (array, "not an array")
+        elif not chosen(path):
+            found[path] = (array, "masked")
         else:
-            axes = axes_or_reason(view, path, array)
-            if isinstance(axes, str):
-                yield path, array, axes
-            else:
-                shape = tuple(array.shape)
-                yield path, array, Kernel(path, shape, axes, grouping if grouped else "none")
+            axes = axes_or_reason(axes_of, path, array)
+            if isinstance(axes, KernelAxes):
+                axes = Kernel(path, tuple(array.shape), axes, grouping if grouped else "none")
+            found[path] = (array, axes)
+    return [(path, *entry) for path, entry in found.items()]
 
 
 def map_blocks(
     function: Callable[[jax.Array, jax.Array, Layout], jax.Array],
     kernels: list[tuple[jax.Array, Kernel]],
-    batched: bool = True,
 ) -> list[jax.Array]:
     """`function(blocks, identity, layout)` of every kernel, called once for the small of a layout.
 
@@ -149,7 +201,6 @@ def map_blocks(
       function: Maps blocks `(b, *inputs, n)`, targets `(b, n, n)` or `(1, n, n)`, and their layout
         to an array with the leading axis of the blocks.
       kernels: Arrays and their descriptions.
-      batched: `False` calls the function for every kernel by itself.
 
     Returns:
       The part of the result that belongs to each kernel, in order: an array of the kernel's own
@@ -159,8 +210,7 @@ def map_blocks(
     buckets = collections.defaultdict(list)
     for number, (array, kernel) in enumerate(kernels):
         # What is stacked already is a batch by itself: joined with another it would be copied.
-        whole = kernel.blocks > 1 or array.size > LARGEST_BATCHED
-        alone = number if whole or not batched else None
+        alone = number if kernel.blocks > 1 or array.size > LARGEST_BATCHED else None
         sharding = _explicit_sharding(array)
         buckets[kernel.layout(array.dtype), sharding, alone].append(number)
     results = [None] * len(kernels)
@@ -177,7 +227,7 @@ def map_blocks(
 
 def _map_bucket(function, layout, members, arrays):
     parts = [to_blocks(a, k.axes, k.grouping) for a, k in zip(arrays, members, strict=True)]
-    identity = _shared([kernel.identity(layout.dtype) for kernel in members])
+    identity = _identity(members, layout.dtype)
     # One member is not copied.
     blocks = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
     result = function(blocks, identity, layout)
@@ -217,9 +267,13 @@ def _with_auto_axes(function, arrays):
     return jax.sharding.auto_axes(function, out_sharding=outputs)(arrays)
 
 
-def _shared(identities):
-    """One identity if all are the same (no padding anywhere): a constant of the program less."""
-    first = identities[0][:1]
-    if all((identity == first).all() for identity in identities):
-        return jnp.asarray(first)
-    return jnp.asarray(np.concatenate(identities))
+def _identity(members, dtype):
+    """The targets of the members' blocks one after another, or one for all where none is padded."""
+    parts = [kernel.identity(dtype) for kernel in members]
+    if all(len(part) == 1 for part in parts):
+        return parts[0]
+    whole = [
+        jnp.broadcast_to(part, (kernel.blocks, *part.shape[1:]))
+        for part, kernel in zip(parts, members, strict=True)
+    ]
+    return jnp.concatenate(whole)

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from orthojax.errors import ConfigError
 from orthojax.matrices import gram
-from orthojax.ortho.kernels import map_blocks, penalised, variant_named
+from orthojax.ortho.kernels import (
+    Kernel,
+    map_blocks,
+    penalized,
+    penalized_or_refuse,
+    variant_named,
+)
 from orthojax.ortho.variants import Variant
 from orthojax.ortho.views import View
 
@@ -15,12 +21,11 @@ from orthojax.ortho.views import View
 def ortho_penalty(
     params: Any,
     coefficient: jax.typing.ArrayLike = 1e-4,
-    *,
     mask: Any = None,
+    *,
     view: View | Any = None,
     grouping: str = "ceil",
     variant: str | Variant = "frobenius",
-    batched: bool = True,
 ) -> jax.Array:
     """`λ/2 Σ P` over all kernels: the number whose gradient `optax_ortho` adds.
 
@@ -30,10 +35,10 @@ def ortho_penalty(
     Args:
       params: Parameter tree.
       coefficient: λ.
-      mask, view, grouping, variant, batched: See `optax_ortho`.
+      mask, view, grouping, variant: See `optax_ortho`.
 
     Returns:
-      A scalar, float32 (float64 if a kernel is). Zero for a tree without kernels.
+      A scalar, float32 (float64 if a kernel is).
 
     Raises:
       ConfigError: As `optax_ortho`.
@@ -44,18 +49,18 @@ def ortho_penalty(
       27.0
     """
     variant = variant_named(variant)
-    kernels = penalised(params, mask, view, grouping, variant.grouped)
-    parts = map_blocks(variant.penalty, kernels, batched)
-    return coefficient / 2 * sum((jnp.sum(part) for part in parts), jnp.zeros([], jnp.float32))
+    kernels = penalized_or_refuse(params, mask, view, grouping, variant.grouped)
+    sums = [jnp.sum(part) for part in map_blocks(variant.penalty, kernels)]
+    total = _total(sums)
+    return jnp.asarray(coefficient, total.dtype) / 2 * total
 
 
 def orthonormality_error(
     params: Any,
-    *,
     mask: Any = None,
+    *,
     view: View | Any = None,
     grouping: str = "ceil",
-    batched: bool = True,
 ) -> dict[str, jax.Array]:
     """`max_g ‖W_gᵀW_g − I‖_F / √n_g` of every kernel, by path: 0 is orthonormal, 1 a zero kernel.
 
@@ -64,7 +69,7 @@ def orthonormality_error(
 
     Args:
       params: Parameter tree.
-      mask, view, grouping, batched: See `optax_ortho`.
+      mask, view, grouping: See `optax_ortho`.
 
     Returns:
       A dictionary from path to a scalar in float32 (float64 for float64 kernels).
@@ -77,23 +82,27 @@ def orthonormality_error(
       >>> orthonormality_error({"dense": {"kernel": jnp.eye(3), "bias": jnp.ones(3)}})
       {'dense/kernel': Array(0., dtype=float32)}
     """
-    kernels = penalised(params, mask, view, grouping)
+    return errors_of(penalized(params, mask, view, grouping))
+
+
+def errors_of(kernels: list[tuple[jax.Array, Kernel]]) -> dict[str, jax.Array]:
+    """`orthonormality_error` of kernels that were found already."""
 
     def relative_error(blocks, identity, layout):
         del layout
         squares = jnp.sum((gram(blocks) - identity) ** 2, axis=(1, 2))
         return jnp.sqrt(squares / jnp.sum(identity, axis=(1, 2)))
 
-    parts = map_blocks(relative_error, kernels, batched)
+    parts = map_blocks(relative_error, kernels)
     return {kernel.path: jnp.max(part) for part, (_, kernel) in zip(parts, kernels, strict=True)}
 
 
 def mean_correlation(
     params: Any,
+    mask: Any = None,
     *,
     diagonal: bool = True,
     absolute: bool = False,
-    mask: Any = None,
     view: Any = None,
 ) -> jax.Array:
     r"""Mean cosine of the angle between the columns of a kernel, over all pairs of all kernels.
@@ -127,7 +136,7 @@ def mean_correlation(
       >>> float(mean_correlation({"kernel": kernel}, diagonal=False))
       0.0
     """
-    kernels = penalised(params, mask, view, "none")
+    kernels = penalized(params, mask, view, "none")
 
     def cosines(blocks, identity, layout):
         del identity, layout
@@ -149,4 +158,10 @@ def mean_correlation(
     )
     if not count:
         raise ConfigError("there are no two columns to compare in these parameters")
-    return sum(jnp.sum(part) for part in sums) / count
+    return _total([jnp.sum(part) for part in sums]) / count
+
+
+def _total(sums):
+    """The sum of scalars in the widest of their dtypes; a float32 zero of none."""
+    dtype = jnp.float64 if any(part.dtype == jnp.float64 for part in sums) else jnp.float32
+    return sum((part.astype(dtype) for part in sums), jnp.zeros([], dtype))

@@ -1,99 +1,118 @@
-"""From parameters to paths, and from a `view` argument to the axes of each parameter."""
+"""From parameters to paths, and from `mask` and `view` arguments to what they say of each."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
-from orthojax.ortho.views import View, flax_linen
+from orthojax.ortho import views
+from orthojax.ortho.paths import look_up_tree
+
+EMPTY = "no elements"  # the reason of a kernel without rows or without columns
+
+_STATIC = (
+    "; `optax.inject_hyperparams` takes a function for a schedule unless"
+    " static_args=('mask', 'view') names it"
+)
 
 
-def resolve(view: View | Any | None) -> View:
-    """The callable that a `view` argument stands for: itself, a tree looked up by path, or linen's.
+def resolve_view(view: Any, params: Any) -> Callable[[str], Any]:
+    """A function from a path to what the view says of the parameter there.
+
+    Args:
+      view: A tree, a function from the parameters to one, or `None` for `views.flax()`.
+      params: Parameter tree.
 
     Raises:
-      ConfigError: On use: the tree says nothing about a parameter.
+      ConfigError: The view is a string, an array or a function that returns a function; at call
+        time, it says nothing about a parameter.
     """
     if view is None:
-        return flax_linen()
-    # A tree of KernelAxes may be callable too (an Equinox module); a function is its only leaf.
-    if callable(view) and jax.tree_util.all_leaves([view]):
-        return view
-    axes = look_up_tree("view", view, lambda x: isinstance(x, KernelAxes | str))
-    return lambda path, array: axes(path)
+        view = views.flax()
+    if isinstance(view, str):
+        raise ConfigError(f"view={view!r} is a string: give the view itself, such as views.flax()")
+    if _is_function(view):
+        tree = view(params)
+        if _is_function(tree):
+            raise ConfigError(
+                f"the view returned the function {tree!r} for the parameters, not a tree: is it a"
+                " ready-made view that was not called? Write views.flax(), not views.flax"
+            )
+    else:
+        tree = view
+    if isinstance(tree, jax.Array):
+        raise ConfigError(f"the view is an array, {tree!r}, not a tree of KernelAxes{_STATIC}")
+    return look_up_tree("view", tree, lambda x: isinstance(x, KernelAxes))
 
 
-def look_up_tree(
-    name: str, tree: Any, is_leaf: Callable[[Any], bool] = lambda x: False
-) -> Callable[[str], Any]:
-    """A function from a path to the leaf of the tree at that place, or at the nearest one above.
+def resolve_mask(mask: Any, params: Any) -> Callable[[str], bool]:
+    """A function from a path to whether the mask lets the parameter there be penalized.
 
-    Trees are matched to parameters by path, not by structure: that is how one tree serves the
-    parameters as they are and what `optax.masked` or `optax.multi_transform` leaves of them.
-
-    Raises:
-      ConfigError: At call time, no leaf on the way to this path.
-    """
-    leaves = dict(leaves_with_paths(tree, is_leaf))
-
-    def look_up(path: str):
-        place = path
-        while place not in leaves:
-            if not place:
-                raise ConfigError(f"the {name}, a tree, says nothing about parameter {path!r}")
-            place = place.rpartition("/")[0]
-        return leaves[place]
-
-    return look_up
-
-
-def leaves_with_paths(tree, is_leaf=lambda x: False) -> list[tuple[str, Any]]:
-    """`(path, leaf)` of every leaf, `None` included, with `/`-joined paths."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: x is None or is_leaf(x))
-    return [(path_name(path), leaf) for path, leaf in flat]
-
-
-def path_name(path) -> str:
-    """A key path of `jax.tree_util` as one string: names and indices joined by `/`.
-
-    Example:
-      >>> import jax
-      >>> [(path, _)] = jax.tree_util.tree_flatten_with_path({"conv": [1]})[0]
-      >>> path_name(path)
-      'conv/0'
-    """
-    # The arrays of nnx.State sit in attribute `value` of variables; nobody calls them by that.
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def axes_or_reason(view: View, path: str, array) -> KernelAxes | str:
-    """What the view says of one parameter, checked against its shape and dtype.
+    Args:
+      mask: As in optax: a tree of booleans with the structure of the parameters or a prefix of it,
+        a function from the parameters to one, or `None` for all. A tree that can be called, such
+        as an Equinox model of booleans, is a tree: its leaves are no functions.
+      params: Parameter tree.
 
     Raises:
-      ConfigError: The axes do not fit the array; the message names the parameter's path and shape.
+      ConfigError: At once or at call time: what the mask holds is no boolean, or it says nothing
+        about a parameter.
     """
-    if not (hasattr(array, "shape") and hasattr(array, "dtype")):
-        return "not an array"
+    if mask is None:
+        return lambda path: True
+    tree = mask(params) if _is_function(mask) else mask
+    if isinstance(tree, jax.Array):
+        raise ConfigError(f"the mask is an array, {tree!r}, not a tree of booleans{_STATIC}")
+    look_up = look_up_tree("mask", tree)
+
+    def chosen(path: str) -> bool:
+        value = look_up(path)
+        if isinstance(value, jax.core.Tracer):
+            raise ConfigError(f"the mask of parameter {path!r} is traced, not a boolean{_STATIC}")
+        if not isinstance(value, bool | int | np.bool_ | np.ndarray | jax.Array) or np.ndim(value):
+            raise ConfigError(f"the mask of parameter {path!r} is {value!r}, not True or False")
+        return bool(value)
+
+    return chosen
+
+
+def _is_function(tree) -> bool:
+    """Whether this is a function and not a tree, by optax's rule: every leaf can be called."""
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(map(callable, leaves))
+
+
+def axes_or_reason(
+    axes_of: Callable[[str], Any], path: str, array
+) -> KernelAxes | str | ConfigError:
+    """What the view says of one array, checked against its shape and dtype.
+
+    Returns:
+      The axes, counted from the front; or why the array is no kernel; or the error that treating
+      it as a kernel is, with its path and shape.
+
+    Raises:
+      ConfigError: The view, a tree, has nothing at this path.
+    """
     if not jnp.issubdtype(array.dtype, jnp.inexact):
         return f"dtype {array.dtype}"
-    axes = view(path, array)
+    axes = axes_of(path)
     if axes is None:
         return "left out by the view"
-    if isinstance(axes, str):
+    if isinstance(axes, str | ConfigError):
         return axes
     where = f"parameter {path!r} of shape {tuple(array.shape)}"
     if not isinstance(axes, KernelAxes):
-        raise ConfigError(f"{where}: the view returned {axes!r}, not KernelAxes, a reason or None")
+        return ConfigError(f"{where}: the view says {axes!r}, not KernelAxes, a reason or None")
     if jnp.issubdtype(array.dtype, jnp.complexfloating):
-        raise ConfigError(f"{where} is complex; leave it out by `mask` or by the view")
+        return ConfigError(f"{where} is complex; leave it out by `mask` or by the view")
     try:
-        axes = axes.normalised(len(array.shape))
+        axes = axes.normalized(len(array.shape))
         axes.matrix_shape(tuple(array.shape))
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}; say its axes in `view`") from error
-    return axes
+        return ConfigError(f"{where}: {error}; say its axes in `view`")
+    return EMPTY if 0 in array.shape else axes

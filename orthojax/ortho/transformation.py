@@ -1,14 +1,17 @@
 """The orthonormality penalty as an optax transformation, coupled and decoupled."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from orthojax.ortho.kernels import map_blocks, penalised, variant_named
-from orthojax.ortho.resolution import path_name
+from orthojax.errors import ConfigError
+from orthojax.ortho.kernels import map_blocks, penalized, penalized_or_refuse, variant_named
+from orthojax.ortho.paths import path_name
 from orthojax.ortho.variants import Variant
 from orthojax.ortho.views import View
 
@@ -21,12 +24,11 @@ class OrthoState(NamedTuple):
 
 def optax_ortho(
     coefficient: optax.ScalarOrSchedule = 1e-4,
-    *,
     mask: Any = None,
+    *,
     view: View | Any = None,
     grouping: str = "ceil",
     variant: str | Variant = "frobenius",
-    batched: bool = True,
 ) -> optax.GradientTransformation:
     r"""Add the gradient of the orthonormality penalty of every kernel to the updates.
 
@@ -35,10 +37,10 @@ def optax_ortho(
         = u + 2 \lambda W_g (W_g^\top W_g - I)
 
     in closed form: no data, no autodiff, no second backward pass. It takes the place of
-    `optax.add_decayed_weights` on kernels (Eq. 3 of the paper); biases and normalisation
+    `optax.add_decayed_weights` on kernels (Eq. 3 of the paper); biases and normalization
     parameters get nothing. `orthojax.describe(params)` prints which are which.
 
-    Place in the chain. Before the momentum, as here with SGD, it is the gradient of a penalised
+    Place in the chain. Before the momentum, as here with SGD, it is the gradient of a penalized
     loss, and momentum `m` sums it up to `1/(1 − m)` times its size like any other gradient:
 
         optax.chain(optax_ortho(1e-4), optax.sgd(0.1, momentum=0.9))
@@ -59,15 +61,12 @@ def optax_ortho(
       mask: As in optax: a tree of booleans with the structure of the parameters or a prefix of it,
         or a function from the parameters to one. `False` exempts a parameter. It cannot add
         one: what the view calls no kernel has no matrix.
-      view: Which parameters are kernels and what their axes mean: a function
-        `(path, array) -> KernelAxes | None` or a tree, see `orthojax.ortho.views`. The default,
-        `views.flax_linen()`, takes parameters of rank >= 2 with the output last, stacks under
-        modules whose name contains `scanned`, and no `bias`, `scale` or `embedding`.
+      view: Which parameters are kernels and what their axes mean: a tree of `KernelAxes` and `None`
+        or a function from the parameters to one, see `orthojax.ortho.views`. The default,
+        `views.flax()`, takes the parameters called `kernel`, with the output last and stack axes
+        first.
       grouping: Column groups of kernels with `f_out > f_in`, see `matrices.group_sizes`.
       variant: A name of `orthojax.ortho.VARIANTS`, or an object like `orthojax.ortho.SRIP()`.
-      batched: Small kernels of one shape and dtype are stacked into one product, unless they are
-        stacks already. `False` multiplies each by itself: for meshes on which kernels of one shape
-        are sharded along different axes.
 
     Returns:
       An `optax.GradientTransformation`. Its state is `OrthoState` if the coefficient is a schedule,
@@ -76,8 +75,9 @@ def optax_ortho(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: An unknown grouping or variant; a parameter whose axes the view cannot tell, with
-        its path and shape (by `init` already).
+      ConfigError: A coefficient that is negative or no number; an unknown grouping or variant; by
+        `init`, a parameter whose axes the view cannot tell, with its path and shape, or no kernel
+        among the parameters at all.
 
     With `optax.inject_hyperparams`, name the arguments that are functions in `static_args`
     (`"view"`, `"mask"`): it takes functions for schedules.
@@ -97,17 +97,16 @@ def optax_ortho(
       D. Xie, J. Xiong, S. Pu, `All You Need is Beyond a Good Init
       <https://arxiv.org/abs/1703.01827>`_, 2017. For the variants see `orthojax.ortho.variants`.
     """
-    return _adding(coefficient, 1, mask, view, grouping, variant, batched)
+    return _adding(coefficient, 1, mask, view, grouping, variant)
 
 
 def decoupled_ortho(
     coefficient: optax.ScalarOrSchedule = 1e-3,
-    *,
     mask: Any = None,
+    *,
     view: View | Any = None,
     grouping: str = "ceil",
     variant: str | Variant = "frobenius",
-    batched: bool = True,
 ) -> optax.GradientTransformation:
     r"""Subtract the penalty's gradient from finished updates: a step of its own, last in the chain.
 
@@ -142,19 +141,17 @@ def decoupled_ortho(
       >>> bool(jnp.abs(after - jnp.eye(3)).max() < 2e-4)
       True
     """
-    return _adding(coefficient, -1, mask, view, grouping, variant, batched)
+    return _adding(coefficient, -1, mask, view, grouping, variant)
 
 
-def _adding(coefficient, sign, mask, view, grouping, variant, batched):
+def _adding(coefficient, sign, mask, view, grouping, variant):
     variant = variant_named(variant)
-
-    def kernels_of(params):
-        return penalised(params, mask, view, grouping, variant.grouped)
+    _check_coefficient(coefficient)
 
     def init_fn(params):
         # Shapes alone are looked at: a parameter that cannot be read as a matrix is an error now
-        # and not in the first update.
-        kernels_of(params)
+        # and not in the first update, and so is a tree without kernels.
+        penalized_or_refuse(params, mask, view, grouping, variant.grouped)
         if callable(coefficient):
             return OrthoState(count=jnp.zeros([], jnp.int32))
         return optax.EmptyState()
@@ -172,8 +169,9 @@ def _adding(coefficient, sign, mask, view, grouping, variant, batched):
         # Parameters are found by path; that the trees agree is checked as `jax.tree.map` would.
         treedef.flatten_up_to(params)
         present = {path_name(path) for path, update in flat if update is not None}
-        kernels = [(a, kernel) for a, kernel in kernels_of(params) if kernel.path in present]
-        gradients = map_blocks(variant.gradient, kernels, batched)
+        kernels = penalized(params, mask, view, grouping, variant.grouped)
+        kernels = [(array, kernel) for array, kernel in kernels if kernel.path in present]
+        gradients = map_blocks(variant.gradient, kernels)
         added = {k.path: gradient for (_, k), gradient in zip(kernels, gradients, strict=True)}
         return treedef.unflatten(
             _add(update, sign * scale, added.get(path_name(path))) for path, update in flat
@@ -182,8 +180,19 @@ def _adding(coefficient, sign, mask, view, grouping, variant, batched):
     return optax.GradientTransformation(init_fn, update_fn)
 
 
+def _check_coefficient(coefficient):
+    if callable(coefficient) or isinstance(coefficient, jax.Array | np.ndarray):
+        return  # its value may be traced
+    if not isinstance(coefficient, int | float | np.number) or not 0 <= coefficient < math.inf:
+        raise ConfigError(
+            f"coefficient={coefficient!r}: a number >= 0, a scalar array or a schedule is needed"
+        )
+
+
 def _add(update, scale, gradient):
     if gradient is None:
         return update
-    total = update.astype(jnp.promote_types(update.dtype, gradient.dtype)) + scale * gradient
-    return total.astype(update.dtype)
+    # Nothing is left to promotion, which `jax_numpy_dtype_promotion="strict"` forbids.
+    dtype = jnp.float64 if update.dtype == jnp.float64 else gradient.dtype
+    added = jnp.asarray(scale, dtype) * gradient.astype(dtype)
+    return (update.astype(dtype) + added).astype(update.dtype)

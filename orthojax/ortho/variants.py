@@ -1,4 +1,4 @@
-"""What is penalised: the measures of non-orthonormality, each with its gradient in closed form.
+"""What is penalized: the measures of non-orthonormality, each with its gradient in closed form.
 
 A variant defines `P(W) >= 0` for one block `W` of shape `(f_in, n)`; `optax_ortho` adds the
 gradient of `λ/2 Σ P` over all blocks of all kernels. With `E = WᵀW − I`:
@@ -227,7 +227,7 @@ def _row_gram(blocks):
 
 
 def _eye(blocks, size):
-    return jnp.eye(size, dtype=blocks.dtype)
+    return jnp.eye(size, dtype=blocks.dtype)[None]
 
 
 def _over_columns(per_block, blocks):
@@ -245,7 +245,7 @@ def _root_scale(squared, norm, gradient):
 
 
 def _off_diagonal(matrices):
-    return matrices * (1 - jnp.eye(matrices.shape[-1], dtype=matrices.dtype))
+    return matrices * (1 - _eye(matrices, matrices.shape[-1]))
 
 
 def _unit_columns(blocks):
