@@ -103,7 +103,7 @@ class Topology:
             import libtpu  # noqa: F401
         except ImportError:
             raise ConfigError(
-                "compiling for a TPU needs its compiler: pip install 'orthojax[tpu]'"
+                "compiling for a TPU needs its compiler: pip install -e '.[tpu]'"
             ) from None
         # Read by the compiler when it is loaded, which is now; else it would look for a TPU.
         os.environ["TPU_SKIP_MDS_QUERY"] = "1"

@@ -331,5 +331,5 @@ def test_unknown_topology_names_the_nearest():
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(ConfigError, match=r"pip install 'orthojax\[tpu\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e '.\[tpu\]'"):
         find_topology("v5e-16").devices()

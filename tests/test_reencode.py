@@ -336,5 +336,7 @@ def test_missing_packages_and_places_that_cannot_be_written_are_named(data_dir, 
     with pytest.raises(DatasetError, match=f"cannot write .*{NAME}_{SIZE}.*make room"):
         reencode.reencode(NAME, SIZE, str(data_dir), workers=1)
     monkeypatch.setattr(reencode, "PACKAGES", ("simplejpeg", "no_such_package"))
-    with pytest.raises(DatasetError, match=r"needs no_such_package.*\n.*orthojax\[imagenet\]"):
+    with pytest.raises(
+        DatasetError, match=r"needs no_such_package.*\n.*pip install -e '.\[imagenet\]"
+    ):
         reencode.reencode(NAME, SIZE, str(data_dir))

@@ -1,6 +1,7 @@
 """Preparing a data set with TFDS's own builder: the one place where TensorFlow may be imported."""
 
 import importlib.util
+import os
 
 from orthojax.data import source
 from orthojax.errors import DatasetError
@@ -24,6 +25,7 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
       DatasetError: the name is unknown, TensorFlow is missing, an archive is missing, the
         download failed, or the set is there in another format.
     """
+    manual_dir = os.path.expanduser(manual_dir) if manual_dir else None
     from orthojax.data import digits  # here, so that importing this does not import TFDS
 
     builder = source.named_builder(name, data_dir)
@@ -42,7 +44,7 @@ def _download_and_prepare(name, builder, manual_dir):
     if importlib.util.find_spec("tensorflow") is None:
         raise DatasetError(
             f"preparing {name!r} needs TensorFlow (training does not); "
-            "install it with\n    pip install 'orthojax[prepare]'"
+            "install it with\n    pip install -e '.[prepare]'"
         )
     try:
         builder.download_and_prepare(
@@ -52,7 +54,7 @@ def _download_and_prepare(name, builder, manual_dir):
     except ImportError as error:
         raise DatasetError(
             f"preparing {name!r} needs a package that is missing: {error}; install it, or "
-            "everything that the common data sets need with\n    pip install 'orthojax[prepare]'"
+            "everything that the common data sets need with\n    pip install -e '.[prepare]'"
         ) from error
     except AssertionError as error:  # TFDS's way of saying which archive it wants, and where
         raise DatasetError(f"cannot prepare {name!r}: {error}") from error

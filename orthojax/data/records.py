@@ -20,6 +20,7 @@ class Records:
       size: number of records.
       image_key: the feature that holds an encoded image.
       label_key: the feature that holds its class.
+      num_classes: labels are 0 to `num_classes - 1`.
     """
 
     split: str
@@ -28,6 +29,7 @@ class Records:
     size: int
     image_key: str
     label_key: str
+    num_classes: int
 
     def __len__(self) -> int:
         return self.size
@@ -36,12 +38,18 @@ class Records:
         """The encoded image and the label of a record; `DatasetError` if it cannot be read."""
         try:
             features = parse_example(self._files[index])
-            return features[self.image_key], features[self.label_key]
+            encoded, label = features[self.image_key], features[self.label_key]
         except (RuntimeError, ValueError, KeyError) as error:
             raise DatasetError(
                 f"record {index} of split {self.split!r} in {self.directory} is damaged or missing "
                 f"({error}); remove that directory and prepare the set again"
             ) from error
+        if not 0 <= label < self.num_classes:
+            raise DatasetError(
+                f"record {index} of split {self.split!r} in {self.directory} has the label "
+                f"{label}, and there are {self.num_classes} classes; choose a split with labels"
+            )
+        return encoded, label
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

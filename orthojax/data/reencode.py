@@ -16,9 +16,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from orthojax.cores import usable_cores
 from orthojax.data import encoder, prepare, source
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
+from orthojax.progress import is_terminal, tell
 
 PACKAGES = ("simplejpeg", "cv2")  # of the extra `imagenet`
 
@@ -94,7 +96,7 @@ def reencode(
 
 def _checked(name: str, size: int, quality: int, workers: int | None) -> int:
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     if size < 1:
         raise DatasetError(f"resize={size} of data set {name!r} is less than 1 pixel")
     if not 1 <= quality <= 100:
@@ -105,7 +107,7 @@ def _checked(name: str, size: int, quality: int, workers: int | None) -> int:
     if missing:
         raise DatasetError(
             f"re-encoding {name!r} needs {', '.join(missing)}; install what is missing with\n"
-            "    pip install 'orthojax[imagenet]'"
+            "    pip install -e '.[imagenet]'"
         )
     return workers
 
@@ -329,7 +331,7 @@ class _Progress:
         self._name = name
         self._total = total
         self._done = 0
-        self._live = sys.stderr.isatty()
+        self._live = is_terminal(sys.stderr)
         self._start = time.monotonic()
         self._due = self._start + self._period()
 
@@ -356,4 +358,4 @@ class _Progress:
     def _show(self, text: str, last: bool) -> None:
         begin = _CLEAR_LINE if self._live else ""
         end = "" if self._live and not last else "\n"
-        print(f"{begin}{self._name}: {text}", end=end, file=sys.stderr, flush=True)
+        tell(f"{begin}{self._name}: {text}", end=end)
