@@ -1,8 +1,8 @@
 """Prepares a TFDS data set for training: `python launch/prepare_data.py cifar10`.
 
-Every set but `digits` needs TensorFlow here, and only here: `pip install 'orthojax[prepare]'`.
+Every set but `digits` needs TensorFlow here, and only here: `pip install -e '.[prepare]'`.
 With `--resize=256` photographs are then written again as squares of 256 pixels, as a set of its
-own, `imagenet2012_256`, which needs `orthojax[imagenet]`.
+own, `imagenet2012_256`, which needs `pip install -e '.[imagenet]'`.
 """
 
 import argparse

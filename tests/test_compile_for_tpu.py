@@ -77,11 +77,11 @@ def test_a_bad_config_is_named(flag, named):
 def test_without_the_compiler_the_extra_is_named():
     finished = compile_for_tpu()
     assert finished.returncode == 2
-    assert "pip install 'orthojax[tpu]'" in finished.stderr
+    assert "pip install -e '.[tpu]'" in finished.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs the TPU compiler: pip install 'orthojax[tpu]'")
+@pytest.mark.skipif(not INSTALLED, reason="needs the TPU compiler: pip install -e '.[tpu]'")
 def test_the_8_layer_net_for_16_chips(tmp_path):
     """What the method adds is a few per cent of the flops, and no all-reduce."""
     records = tmp_path / "records.json"
