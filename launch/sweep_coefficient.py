@@ -44,7 +44,7 @@ def main() -> None:
     for seed in range(3):
         for coefficient in COEFFICIENTS:
             if (coefficient, seed) not in finished:
-                workdir = arguments.workdir / f"coefficient={coefficient:g},seed={seed}"
+                workdir = arguments.workdir / f"coefficient={coefficient:g}-seed={seed}"
                 records.append(train(coefficient, seed, workdir))
                 with output.open("a") as file:
                     file.write(json.dumps(records[-1]) + "\n")

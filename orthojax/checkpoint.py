@@ -85,7 +85,7 @@ class Checkpointer:
         self._directory = path if self._remote else path.absolute()
         self._saving_step: int | None = None
         if not self._remote:
-            self._set_aside_damaged_metrics()
+            self._set_aside_unlistable()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -207,11 +207,11 @@ class Checkpointer:
             newest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)
             write_checksums(newest, [path.name for path in newest.iterdir() if path.is_dir()])
 
-    def _set_aside_damaged_metrics(self) -> None:
-        """Before orbax reads them of every checkpoint, and fails at the first that is damaged."""
+    def _set_aside_unlistable(self) -> None:
+        """Finds damage in what orbax reads of every checkpoint at its start, and fails at."""
         if jax.process_index() == 0:
             steps = saved_steps(self._directory)
-            damage = {step: _metrics_damage(self._directory / str(step)) for step in steps}
+            damage = {step: _listing_damage(self._directory / str(step)) for step in steps}
             damaged = {step: reason for step, reason in damage.items() if reason}
             whole = [s for s in reversed(steps) if s not in damaged]
             if damaged and not whole:
@@ -264,12 +264,15 @@ def saved_steps(directory: Any) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _metrics_damage(checkpoint: pathlib.Path) -> str | None:
-    file = checkpoint / "metrics" / "metrics"
-    if not file.parent.exists():  # saved without a test accuracy
+def _listing_damage(checkpoint: pathlib.Path) -> str | None:
+    metadata, metrics = checkpoint / "_CHECKPOINT_METADATA", checkpoint / "metrics" / "metrics"
+    with contextlib.suppress(OSError, ValueError):  # which orbax does without
+        if not isinstance(json.loads(metadata.read_bytes()), dict):
+            return f"{metadata.name} is damaged"
+    if not metrics.parent.exists():  # saved without a test accuracy
         return None
     try:
-        float(_test_accuracy(json.loads(file.read_bytes())))
+        float(_test_accuracy(json.loads(metrics.read_bytes())))
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"metrics/metrics is damaged: {error}"
     return None

@@ -205,5 +205,5 @@ def tuned(
 def _run(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:
     config = copy.deepcopy(config)
     config.seed = seed
-    name = f"lr{config.optimizer.learning_rate:g},steps{config.steps},seed{seed}"
+    name = f"lr{config.optimizer.learning_rate:g}-steps{config.steps}-seed{seed}"
     return Run(directory / name, config)

@@ -267,7 +267,8 @@ def damage_fault(run, data_dir, summary, capsys):
     )
     told = capsys.readouterr().err
     if status == 2:
-        short = told.startswith("error: ") and told.count("\n") <= 6 and str(run) in told
+        error = told[told.find("error: ") :]
+        short = error.startswith("error: ") and error.count("\n") <= 6 and str(run) in error
         return None if short else f"is told like this: {told}"
     same = [results[0][key] == summary[key] for key in ("test_accuracy", "test_loss", "steps")]
     return None if status == 0 and all(same) else f"comes to another end: {status}, {results}"

@@ -207,6 +207,14 @@ def test_damaged_metrics_are_set_aside_like_other_damage(tmp_path, step, content
     assert {path.name for path in tmp_path.iterdir()} == {f"{step}.corrupt", str(left)}
 
 
+@pytest.mark.parametrize("name", ["checksums.json", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize("content", ["null", "[1]"])
+def test_json_of_another_kind_is_damage(directory, name, content):
+    (directory / "2" / name).write_text(content)
+    with pytest.warns(UserWarning, match="step 2 is unreadable"), Checkpointer(directory) as saved:
+        assert saved.restore_latest(abstract(make_state())).step == 1
+
+
 def test_metrics_that_are_damaged_everywhere_are_an_error_and_change_nothing(tmp_path):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(10, {"a": jnp.float32(1)}, {}, test_accuracy=0.1, wait=True)
