@@ -43,7 +43,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "optimizer": {"name": "sgd", "learning_rate": 0.005, "momentum": 0.9},
             "schedule": {
                 "name": "step_decay",
-                "warmup_steps": 20,
+                "warmup_steps": min(20, args.steps),
                 "boundaries": (0.5, 0.75),
                 "factor": 0.1,
             },

@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 
+from command_line import local_path
 from environment import environment
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -33,9 +34,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11, help="at least 2")
     parser.add_argument("--depth", type=int, default=44, help="of the net")
     parser.add_argument("--data_dir", help="of the prepared imagenet2012")
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "runs" / "benchmark")
+    parser.add_argument("--output", type=local_path, default=ROOT / "runs" / "benchmark")
     parser.add_argument(
-        "--baseline", type=pathlib.Path, default=ROOT / "docs" / "runs" / "benchmark" / "2.json"
+        "--baseline", type=local_path, default=ROOT / "docs" / "runs" / "benchmark" / "2.json"
     )
     arguments = parser.parse_args()
     if arguments.rounds < 2:

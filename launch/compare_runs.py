@@ -7,19 +7,19 @@ Each argument is a name and the working directories of its runs, one for each se
 
 import argparse
 import json
-import pathlib
 import statistics
 import sys
 
 from orthojax.analysis.curves import draw_comparison
 from orthojax.metrics import read_metrics
+from orthojax.storage import to_path
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("picture", type=pathlib.Path)
+    parser.add_argument("picture", type=to_path)
     parser.add_argument("runs", nargs="+", metavar="NAME=WORKDIR[,WORKDIR...]")
     parser.add_argument("--title", default="")
     options = parser.parse_args(arguments)
@@ -29,7 +29,7 @@ def main(arguments=None):
         name, equals, workdirs = argument.partition("=")
         if not equals:
             parser.error(f"{argument!r} is not NAME=WORKDIR[,WORKDIR...]")
-        paths = [pathlib.Path(workdir) for workdir in workdirs.split(",")]
+        paths = [to_path(workdir) for workdir in workdirs.split(",")]
         for path in paths:
             if not (path / "summary.json").exists():
                 parser.error(f"{path} holds no finished run (no summary.json in it)")

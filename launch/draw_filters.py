@@ -19,22 +19,23 @@ from orthojax.data import fake_data
 from orthojax.errors import UserError
 from orthojax.experiment import build
 from orthojax.programs import abstract_state
+from orthojax.storage import to_path
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("picture", type=pathlib.Path)
+    parser.add_argument("picture", type=to_path)
     parser.add_argument("runs", nargs="+", metavar="TITLE=WORKDIR")
     options = parser.parse_args(arguments)
     kernels = {}
     for argument in options.runs:
         title, equals, workdir = argument.partition("=")
-        if not equals or not pathlib.Path(workdir, "config.json").exists():
+        if not equals or not (to_path(workdir) / "config.json").exists():
             parser.error(f"{argument!r} is not TITLE=WORKDIR of a run (with a config.json in it)")
         try:
-            kernels[title] = first_kernel(pathlib.Path(workdir))
+            kernels[title] = first_kernel(to_path(workdir))
         except UserError as error:
             print(f"error: {workdir}: {error}", file=sys.stderr)
             return 2

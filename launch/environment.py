@@ -1,6 +1,5 @@
 """What measured figures depend on: the command, the machine, the versions."""
 
-import os
 import pathlib
 import platform
 import sys
@@ -10,11 +9,13 @@ def environment() -> dict:
     """As a dictionary of strings and numbers."""
     import jax
 
+    from orthojax.cores import usable_cores
+
     program = pathlib.Path(sys.argv[0])
     return {
         "command": " ".join(["python", f"{program.parent.name}/{program.name}", *sys.argv[1:]]),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "device": jax.devices()[0].device_kind,
         "python": platform.python_version(),
         "jax": jax.__version__,

@@ -35,7 +35,7 @@ while (($#)); do
     --config=*) config=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
     --dry-run) dry_run=true ;;
-    --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
     --) shift && break ;;
     *) fail "unknown option $1; options are --name=value, see --help" ;;
   esac

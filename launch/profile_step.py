@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from command_line import define_config, run
+from command_line import define_config, load_config, run, tell
 
 
 def define_flags():
@@ -26,8 +26,8 @@ def main():
     from orthojax.experiment import build
     from orthojax.programs import compile_programs
 
-    experiment = build(flags.FLAGS.config, load=fake_data)
-    print("compiling...", file=sys.stderr)
+    experiment = build(load_config(), load=fake_data)
+    tell("compiling...")
     programs = compile_programs(experiment)
     draw, rows = np.random.default_rng(0), len(programs.rows)
     images = draw.integers(0, 256, (rows, *experiment.dataset.image_shape), np.uint8)
@@ -40,12 +40,12 @@ def main():
         jax.block_until_ready(metrics)
 
     shares = profile(step, programs.compiled_train_step.as_text())
-    print(f"{'ms/step':>9} {'times':>6}  instruction, result, origin")
-    for share in shares[: flags.FLAGS.top]:
-        print(
-            f"{share.milliseconds:9.1f} {share.count:6.0f}  {share.name}  {share.shape}  "
-            f"{share.origin}"
-        )
+    lines = [f"{'ms/step':>9} {'times':>6}  instruction, result, origin"]
+    lines += [
+        f"{share.milliseconds:9.1f} {share.count:6.0f}  {share.name}  {share.shape}  {share.origin}"
+        for share in shares[: flags.FLAGS.top]
+    ]
+    tell("\n".join(lines), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 
-from command_line import exit_status, keep_compiled_programs
+from command_line import exit_status, keep_compiled_programs, leave_on_signals, local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -51,11 +51,12 @@ def main():
     parser.add_argument("--preset", choices=("cpu", "full"), default="cpu")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")
     parser.add_argument("--data_dir", default=os.environ.get("ORTHOJAX_DATA_DIR"))
-    parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "reproduce")
+    parser.add_argument("--workdir", type=local_path, default=ROOT / "runs" / "reproduce")
     parser.add_argument(
         "--resume", action="store_true", help="only go on with what is in the workdir"
     )
     arguments = parser.parse_args()
+    leave_on_signals()
     if arguments.seeds < 1:
         parser.error(f"--seeds={arguments.seeds}: there must be one")
     return exit_status(lambda: reproduce(arguments))

@@ -12,6 +12,8 @@ import pathlib
 import statistics
 import sys
 
+from command_line import local_path
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -32,8 +34,8 @@ PANELS = (("test_accuracy", 100, "test accuracy (%)"), (ERROR, 1, "mean orthonor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default=ROOT / "docs" / "coefficient.jsonl", type=pathlib.Path)
-    parser.add_argument("--workdir", default=ROOT / "runs" / "coefficient", type=pathlib.Path)
+    parser.add_argument("--output", default=ROOT / "docs" / "coefficient.jsonl", type=local_path)
+    parser.add_argument("--workdir", default=ROOT / "runs" / "coefficient", type=local_path)
     arguments = parser.parse_args()
     output = arguments.output
     lines = output.read_text().splitlines() if output.exists() else []
@@ -42,7 +44,7 @@ def main() -> None:
     for seed in range(3):
         for coefficient in COEFFICIENTS:
             if (coefficient, seed) not in finished:
-                workdir = arguments.workdir / f"coefficient={coefficient:g},seed={seed}"
+                workdir = arguments.workdir / f"coefficient={coefficient:g}-seed={seed}"
                 records.append(train(coefficient, seed, workdir))
                 with output.open("a") as file:
                     file.write(json.dumps(records[-1]) + "\n")

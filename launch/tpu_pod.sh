@@ -74,7 +74,7 @@ while (($#)); do
     --tpu-vm) queued=false ;;
     --delete) delete_only=true ;;
     --dry-run) dry_run=true ;;
-    --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
+    -h | --help) sed -n '2,/^$/s/^# \{0,1\}//p' "$0" && exit ;;
     --) shift && break ;;
     *) fail "unknown option $1; options are --name=value, see --help" ;;
   esac

@@ -6,10 +6,11 @@ python launch/train.py --config.optimizer.learning_rate=0.05  # any key of the c
 """
 
 import pathlib
+import sys
 
 from absl import flags
 
-from command_line import config_name, define_config, run
+from command_line import config_name, define_config, load_config, run, tell
 
 
 def define_flags():
@@ -34,19 +35,22 @@ def main():
     from orthojax.train import train_and_evaluate
 
     options = flags.FLAGS
+    config = load_config()
     workdir = options.workdir or str(pathlib.Path("runs", config_name()))
     peers = (options.coordinator, options.processes, options.process_id)
     if options.distributed or any(option is not None for option in peers):
         initialize(*peers, timeout=options.timeout)
-    summary = train_and_evaluate(options.config, workdir)
+    summary = train_and_evaluate(config, workdir)
     if is_first():
         show(summary, workdir)
 
 
 def show(summary, workdir):
     for name, value in summary.items():
-        print(f"{name:>18}  {value:,}" if isinstance(value, int | float) else f"{name:>18}  -")
-    print(f"\nwritten to {workdir}: summary.json, curves.png, metrics.jsonl, checkpoints/")
+        number = f"{value:,}" if isinstance(value, int | float) else "-"
+        tell(f"{name:>18}  {number}", sys.stdout)
+    written = "summary.json, curves.png, metrics.jsonl, checkpoints/"
+    tell(f"\nwritten to {workdir}: {written}", sys.stdout)
 
 
 if __name__ == "__main__":

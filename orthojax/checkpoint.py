@@ -1,9 +1,13 @@
 """Checkpoints that are finished or absent, and a restore that survives a damaged one."""
 
+import contextlib
+import errno
+import json
 import logging
 import os
 import pathlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,21 +17,21 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from orthojax.checksums import find_damage, write_checksums
 from orthojax.errors import WorkdirError
-from orthojax.storage import is_remote, to_path
+from orthojax.storage import is_remote, set_aside, to_path
 
 
 class _WithoutOrbaxChatter(logging.Filter):
     """Drops what orbax tells at levels below WARNING, and nothing of anybody else's.
 
-    Of the warnings, one: that a checkpoint without a test accuracy has none.
+    Of the warnings, one: that a checkpoint without a test accuracy has none. Of the errors, those
+    of threads that save, with a traceback each: `Checkpointer` raises them.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
         if f"{os.sep}orbax{os.sep}" not in record.pathname:
             return True
-        return record.levelno >= logging.WARNING and "did not provide metrics" not in str(
-            record.msg
-        )
+        without_metrics = "did not provide metrics" in str(record.msg)
+        return record.levelno >= logging.WARNING and not (without_metrics or record.exc_info)
 
 
 logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
@@ -80,6 +84,8 @@ class Checkpointer:
         path = to_path(directory)
         self._directory = path if self._remote else path.absolute()
         self._saving_step: int | None = None
+        if not self._remote:
+            self._set_aside_unlistable()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -113,7 +119,8 @@ class Checkpointer:
         """Saves in the background; a step that is already there is left as it is.
 
         The values are those at the time of the call: the caller may donate `state` right after.
-        What a save in the background failed with is raised by the next call of `save` or `wait`.
+        What a save in the background failed with is raised by the next call of `save` or `wait`:
+        an `OSError` where the disk is full.
 
         Args:
           step: number of finished training steps.
@@ -126,14 +133,15 @@ class Checkpointer:
             self.wait()
             self._saving_step = step
             position = {"data_state": data_state, "layout": _layout(state)}
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
-                ),
-                metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
-                force=True,
-            )
+            with _full_disk_named(self._directory):
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+                    ),
+                    metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
+                    force=True,
+                )
         if wait:
             self.wait()
 
@@ -159,11 +167,7 @@ class Checkpointer:
                 self._set_aside(bad_step, reason, step)
             return restored
         if unreadable:
-            reasons = "".join(f"\n  step {step}: {why}" for step, why in unreadable.items())
-            raise WorkdirError(
-                f"no checkpoint in {self._directory} can be read:{reasons}\n"
-                "Move that directory away to train from the beginning."
-            )
+            raise _unreadable(self._directory, unreadable)
         return None
 
     def best(self) -> tuple[int, float] | None:
@@ -182,11 +186,13 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns once a save in the background is finished."""
-        self._manager.wait_until_finished()
+        with _full_disk_named(self._directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes a save in the background and frees the threads."""
-        self._manager.close()
+        with _full_disk_named(self._directory):
+            self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -199,7 +205,21 @@ class Checkpointer:
             # A save that failed earlier may have left a directory of the same step.
             unfinished = self._directory.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
             newest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)
-            write_checksums(newest, ["state", "position"])
+            write_checksums(newest, [path.name for path in newest.iterdir() if path.is_dir()])
+
+    def _set_aside_unlistable(self) -> None:
+        """Finds damage in what orbax reads of every checkpoint at its start, and fails at."""
+        if jax.process_index() == 0:
+            steps = saved_steps(self._directory)
+            damage = {step: _listing_damage(self._directory / str(step)) for step in steps}
+            damaged = {step: reason for step, reason in damage.items() if reason}
+            whole = [s for s in reversed(steps) if s not in damaged]
+            if damaged and not whole:
+                raise _unreadable(self._directory, damaged)
+            for step, reason in damaged.items():
+                self._warn_and_set_aside(step, reason, whole[0])
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("metrics of checkpoints looked at")
 
     def _restore(self, step: int, abstract_state: Any) -> Restored:
         position = self._manager.restore(
@@ -213,19 +233,57 @@ class Checkpointer:
 
     def _set_aside(self, step: int, reason: str, restored_step: int) -> None:
         if jax.process_index() == 0:
-            path = self._directory / str(step)
-            aside = path.with_name(f"{step}.corrupt")
-            while aside.exists():
-                aside = aside.with_name(f"{aside.name}.corrupt")
-            path.rename(aside)
-            warnings.warn(
-                f"the checkpoint of step {step} is unreadable ({reason}); it is kept as {aside}, "
-                f"and training goes on from step {restored_step}",
-                stacklevel=3,
-            )
+            self._warn_and_set_aside(step, reason, restored_step)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"set aside {step}")
         self._manager.reload()
+
+    def _warn_and_set_aside(self, step: int, reason: str, restored_step: int) -> None:
+        aside = set_aside(self._directory / str(step))
+        warnings.warn(
+            f"the checkpoint of step {step} is unreadable ({reason}); it is kept as {aside}, "
+            f"and training goes on from step {restored_step}",
+            stacklevel=4,
+        )
+
+
+@contextlib.contextmanager
+def _full_disk_named(directory: Any) -> Iterator[None]:
+    """TensorStore says RESOURCE_EXHAUSTED, in a ValueError, where a disk is full."""
+    try:
+        yield
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(directory)) from error
+
+
+def saved_steps(directory: Any) -> list[int]:
+    """The steps of which there are checkpoints in a directory, in ascending order."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _listing_damage(checkpoint: pathlib.Path) -> str | None:
+    metadata, metrics = checkpoint / "_CHECKPOINT_METADATA", checkpoint / "metrics" / "metrics"
+    with contextlib.suppress(OSError, ValueError):  # which orbax does without
+        if not isinstance(json.loads(metadata.read_bytes()), dict):
+            return f"{metadata.name} is damaged"
+    if not metrics.parent.exists():  # saved without a test accuracy
+        return None
+    try:
+        float(_test_accuracy(json.loads(metrics.read_bytes())))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"metrics/metrics is damaged: {error}"
+    return None
+
+
+def _unreadable(directory: Any, reasons: dict[int, str]) -> WorkdirError:
+    lines = "".join(f"\n  step {step}: {why}" for step, why in reasons.items())
+    return WorkdirError(
+        f"no checkpoint in {directory} can be read:{lines}\n"
+        "Move that directory away to train from the beginning."
+    )
 
 
 def _layout(state: Any) -> dict[str, str]:

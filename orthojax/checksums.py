@@ -44,7 +44,7 @@ def find_damage(directory: str | os.PathLike) -> str | None:
         return f"{pathlib.Path(error.filename).relative_to(directory)} is missing"
     except OSError as error:
         return str(error)
-    except ValueError:
+    except (ValueError, AttributeError):  # no JSON, or JSON of another kind
         return f"{_FILE} is damaged"
     return None
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import ml_collections
 
+from orthojax import schema
 from orthojax.errors import ConfigError
 
 _TRUTHS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -41,7 +42,7 @@ def parse_arguments(text: str | None, **defaults: Any) -> SimpleNamespace:
         if not equals:
             raise ConfigError(f"config argument `{part}` is not of the form key=value")
         if key not in defaults:
-            raise ConfigError(f"unknown config argument `{key}`{_suggestion(key, defaults)}")
+            raise ConfigError(f"unknown config argument `{key}`{suggestion(key, defaults)}")
         if key in seen:
             raise ConfigError(f"config argument `{key}` is set twice")
         seen.add(key)
@@ -52,8 +53,9 @@ def parse_arguments(text: str | None, **defaults: Any) -> SimpleNamespace:
 def bind(function: Callable, section: Mapping, path: str, **supplied: Any) -> Any:
     """Calls `function(**section, **supplied)`, with its signature as the section's schema.
 
-    So no key of a config is ever silently unread. Parameters swallowed by `**kwargs`, and those
-    that Flax adds to a module (`parent`, `name`), are not keys.
+    So no key of a config is ever silently unread, and no value is of another kind than its
+    parameter (see `orthojax.schema`). Parameters swallowed by `**kwargs`, and those that Flax adds
+    to a module (`parent`, `name`), are not keys.
 
     Args:
       function: any callable with a signature: a function, a class, a dataclass, a Flax module.
@@ -62,7 +64,8 @@ def bind(function: Callable, section: Mapping, path: str, **supplied: Any) -> An
       **supplied: keyword arguments from the program, which the config may not set.
 
     Raises:
-      ConfigError: a key is unknown or is supplied by the program, or a required one is missing.
+      ConfigError: a key is unknown or is supplied by the program, a required one is missing, or a
+        value is of the wrong kind or not finite.
 
     Example:
       >>> def momentum(learning_rate, decay=0.9, *, steps):
@@ -72,14 +75,15 @@ def bind(function: Callable, section: Mapping, path: str, **supplied: Any) -> An
     """
     if not _is_mapping(section):
         raise ConfigError(f"`{path}` must be a section of keys and values, not {section!r}")
-    parameters = _keyword_parameters(function)
+    parameters = keyword_parameters(function)
     known = [name for name in parameters if name not in supplied]
     prefix = f"{path}." if path else ""
     for key in section:
         if key in supplied:
             raise ConfigError(f"`{prefix}{key}` is set by the program; take it out of the config")
         if key not in known:
-            raise ConfigError(f"unknown key `{prefix}{key}`{_suggestion(key, known, prefix)}")
+            raise ConfigError(f"unknown key `{prefix}{key}`{suggestion(key, known, prefix)}")
+        schema.check(section[key], schema.kinds(function, key), f"{prefix}{key}")
     missing = [
         f"`{prefix}{name}`"
         for name in known
@@ -148,6 +152,31 @@ def from_json(value: Any) -> Any:
     return tuple(from_json(item) for item in value) if isinstance(value, list) else value
 
 
+def keyword_parameters(function: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of a function that a section of a config may set; see `bind`."""
+    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = inspect.signature(function).parameters
+    # Recognised by name, so that reading a config does not import Flax.
+    bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(function, "__mro__", ())]
+    added = ("parent", "name") if "flax.linen.module.Module" in bases else ()
+    return {n: p for n, p in parameters.items() if p.kind in keyword and n not in added}
+
+
+def suggestion(key: str, known: Iterable[str], prefix: str = "", what: str = "keys") -> str:
+    """The end of a message about an unknown key: the nearest one, and all there are.
+
+    Example:
+      >>> suggestion("lr", ["learning_rate", "momentum"], "optimizer.")
+      '; did you mean `optimizer.learning_rate`? known keys: learning_rate, momentum'
+    """
+    known = list(known)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [
+        name for name in known if key == "".join(word[:1] for word in name.split("_"))
+    ]
+    question = f"; did you mean `{prefix}{nearest[0]}`?" if nearest else "."
+    return f"{question} known {what}: {', '.join(known) or 'none'}"
+
+
 def _parse_value(key: str, value: str, default: Any) -> Any:
     if isinstance(default, tuple):
         if value in default:
@@ -161,22 +190,6 @@ def _parse_value(key: str, value: str, default: Any) -> Any:
     except (KeyError, ValueError):
         expected = _EXPECTED[type(default)]
         raise ConfigError(f"config argument `{key}={value}`: must be {expected}") from None
-
-
-def _keyword_parameters(function: Callable) -> dict[str, inspect.Parameter]:
-    keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    parameters = inspect.signature(function).parameters
-    # Recognised by name, so that reading a config does not import Flax.
-    bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(function, "__mro__", ())]
-    added = ("parent", "name") if "flax.linen.module.Module" in bases else ()
-    return {n: p for n, p in parameters.items() if p.kind in keyword and n not in added}
-
-
-def _suggestion(key: str, known: Iterable[str], prefix: str = "") -> str:
-    known = list(known)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    question = f"; did you mean `{prefix}{nearest[0]}`?" if nearest else "."
-    return f"{question} known keys: {', '.join(known) or 'none'}"
 
 
 def _is_mapping(value: Any) -> bool:

@@ -15,11 +15,12 @@ from orthojax.config import bind
 from orthojax.errors import ConfigError
 from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, ResNet
 from orthojax.modulator import modulation
-from orthojax.optimizers import bind_named, make_optimizer
+from orthojax.optimizers import bind_named, check_arguments, make_optimizer
 from orthojax.sharding import batch_sharding, make_mesh
 
 _NETS = (PlainNet, ResNet, ImageNetPlainNet, ImageNetResNet)
 MODELS = {net.__name__: net for net in _NETS}
+LARGEST_BIAS = 100  # of batch normalization
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +68,16 @@ class Settings:
     mesh: Mapping = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        for key in ("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"):
+        for key in (
+            *("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"),
+            "keep_checkpoints",
+        ):
             if getattr(self, key) < 1:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
         if self.observe_every < 0:
             raise ConfigError(f"`observe_every` is {self.observe_every}; it must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"`seed` is {self.seed}; it must be from 0 to {2**32 - 1}")
 
 
 class Numbers(NamedTuple):
@@ -144,7 +150,10 @@ def build(
     settings = bind(Settings, config, "")
     mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
     batch_sharding(mesh, settings.batch_size)
-    _, schedule = _optimizer_and_schedule(settings, mesh)
+    optimizer, schedule = _explained(
+        "optimizer or regularizer", lambda: _optimizer_and_schedule(settings, mesh)
+    )
+    check_arguments(optimizer, "optimizer or regularizer")
     # Before the data: a bad depth should not wait for a data set to be decoded.
     net = _make_net(settings)
     if settings.batch_size % net.bn_groups:
@@ -177,9 +186,32 @@ def _optimizer_and_schedule(settings: Settings, mesh: Mesh, numbers: Numbers | N
 
 
 def _make_net(settings: Settings) -> nn.Module:
-    dtype = _explained("dtype", lambda: np.dtype(jax.numpy.dtype(settings.dtype)))
-    supplied = {"modulated": settings.modulation is not None, "dtype": dtype, "num_classes": 1}
-    return _explained("model", lambda: bind_named(MODELS, settings.model, "model", **supplied))
+    supplied = {
+        "modulated": settings.modulation is not None,
+        "dtype": _dtype(settings.dtype),
+        "num_classes": 1,
+    }
+    net = _explained("model", lambda: bind_named(MODELS, settings.model, "model", **supplied))
+    if net.width < 1:
+        raise ConfigError(f"`model.width` is {net.width}; it must be at least 1")
+    if abs(net.bn_bias) > LARGEST_BIAS:
+        raise ConfigError(
+            f"`model.bn_bias` is {net.bn_bias}; beyond ±{LARGEST_BIAS} what it is added to is lost"
+        )
+    return net
+
+
+def _dtype(name: Any) -> np.dtype:
+    dtype = _explained("dtype", lambda: np.dtype(jax.numpy.dtype(name)))
+    if dtype == np.float16:
+        raise ConfigError(
+            "`dtype` is float16, whose gradients underflow without loss scaling, which there is "
+            "none of here; take bfloat16, which needs none"
+        )
+    wide = dtype == np.float64 and jax.config.jax_enable_x64
+    if not wide and dtype not in (np.float32, jax.numpy.bfloat16):
+        raise ConfigError(f"`dtype` is {dtype}; it must be float32 or bfloat16")
+    return dtype
 
 
 def _explained(path: str, make: Callable[[], Any]) -> Any:

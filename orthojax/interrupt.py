@@ -1,14 +1,15 @@
-"""Ctrl-C and SIGTERM as a request to stop at the next step, not as a death."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request to stop at the next step, not as a death."""
 
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
+
+from orthojax.progress import tell
 
 
 class Interrupted(Exception):
@@ -44,8 +45,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """While open, the first SIGINT or SIGTERM is noted; a second one acts as it always does.
+    """While open, the first SIGINT, SIGTERM or SIGHUP is noted; a second acts as it always does.
 
+    SIGHUP, which a closed terminal or a lost connection sends, stays ignored where it is (`nohup`).
     Outside the main thread, where Python allows no handlers, nothing is caught.
 
     Example:
@@ -60,17 +62,26 @@ def stop_on_signals() -> Iterator[StopRequest]:
         return
     several = jax.process_count() > 1
     # Of several processes SIGTERM belongs to JAX's preemption service.
-    noted = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    noted = [signal.SIGINT] if several else [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:
+        noted.append(hangup)
     previous = {number: signal.getsignal(number) for number in noted}
 
     def note(number, frame):
         del frame
         request.signal_number = number
-        signal.signal(number, previous[number])
+        signal.signal(number, again)
         name = signal.Signals(number).name
-        print(f"\n{name}: stopping after this step; once more stops at once", file=sys.stderr)
+        tell(f"\n{name}: stopping after this step; once more stops at once")
         if several:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def again(number, frame):
+        # Not at once after the first: `launch/` watches for a signal whose handler is its own.
+        del frame
+        signal.signal(number, previous[number])
+        os.kill(os.getpid(), number)
 
     for number in previous:
         signal.signal(number, note)

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from orthojax.errors import UserError, WorkdirError
+from orthojax.progress import tell
 from orthojax.storage import is_remote, to_path, write_atomic
 
 _FILE = "metrics.jsonl"
@@ -24,7 +25,7 @@ class MetricWriter:
         written anew with every record.
       tensorboard: whether to write TensorBoard events to `workdir/tensorboard` as well.
       resume_step: the step of the restored checkpoint; None where training begins at the
-        beginning, and then all earlier records are dropped.
+        beginning, and then earlier records are kept as `metrics-1.jsonl`, `metrics-2.jsonl`...
 
     Raises:
       UserError: TensorBoard is wanted and the extra `[tensorboard]` is not installed.
@@ -49,9 +50,11 @@ class MetricWriter:
         self._events = _open_events(workdir, resume_step) if tensorboard else None
         path = to_path(workdir) / _FILE
         text = ""
-        if path.exists():
-            kept = [] if resume_step is None else read_metrics(workdir)
-            text = "".join(_to_line(record) for record in kept if record["step"] <= resume_step)
+        if resume_step is None:
+            _keep_earlier(path)
+        elif path.exists():
+            kept = [record for record in read_metrics(workdir) if record["step"] <= resume_step]
+            text = "".join(map(_to_line, kept))
             write_atomic(path, text.encode())
         self._file = _Object(path, text) if is_remote(path) else path.open("a", encoding="utf-8")
 
@@ -135,12 +138,25 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = {name: _lenient(value) for name, value in json.loads(line).items()}
-            records.append({"step": record.pop("step"), "kind": record.pop("kind"), **record})
-        except (ValueError, AttributeError, KeyError):
+            step, kind = int(record.pop("step")), record.pop("kind")
+            records.append({"step": step, "kind": kind, **record})
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise WorkdirError(
                 f"{path}, line {number} is damaged; remove that line, or move the file away"
             ) from None
     return records
+
+
+def _keep_earlier(path: Any) -> None:
+    if not path.exists() or not path.read_bytes():
+        return
+    number = 1
+    while (aside := path.with_name(f"metrics-{number}.jsonl")).exists():
+        number += 1
+    path.rename(aside)
+    tell(
+        f"there is no checkpoint: training begins at the beginning; earlier records are in {aside}"
+    )
 
 
 def _to_number(value: Any) -> Any:
@@ -174,7 +190,7 @@ def _open_events(workdir: str | os.PathLike, resume_step: int | None) -> Any:
     except ImportError:
         raise UserError(
             "writing TensorBoard events needs the extra [tensorboard]: "
-            "pip install 'orthojax[tensorboard]'"
+            "pip install -e '.[tensorboard]'"
         ) from None
     # TensorBoard hides what an interrupted run wrote at and after the purge step.
     purge_step = 0 if resume_step is None else resume_step + 1

@@ -1,13 +1,15 @@
 """Optimizers, learning-rate schedules and regularizers by name, from a config's sections."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from orthojax.config import bind
+from orthojax.config import bind, suggestion
 from orthojax.errors import ConfigError
 from orthojax.ortho import optax_ortho
 from orthojax.shared_work import share_work
@@ -21,6 +23,13 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.adamw,
     "rmsprop": optax.rmsprop,
 }
+# Of their arguments, those that make sense in a range alone, and which optax does not check.
+_FUNCTIONS = ("mask", "weight_decay_mask", "view")
+_FRACTIONS = ("momentum", "decay", "rho", "b1", "b2")
+_NOT_NEGATIVE = (
+    *("learning_rate", "weight_decay", "coefficient", "eps", "eps_root"),
+    *("initial_accumulator_value", "initial_scale"),
+)
 
 
 def step_decay(
@@ -40,29 +49,45 @@ def step_decay(
       boundaries: fractions of the run. The paper's are 32k and 48k of 64k.
       factor: what the rate is multiplied with at each.
 
+    Raises:
+      ConfigError: the boundaries are not from 0 to 1 in ascending order, `factor` is not positive,
+        or the warm-up is longer than the run.
+
     Example:
       >>> schedule = step_decay(base=0.1, steps=100)
       >>> [round(float(schedule(step)), 6) for step in (0, 49, 50, 75)]
       [0.1, 0.1, 0.01, 0.001]
     """
-    decay = optax.piecewise_constant_schedule(
-        base, {round(fraction * steps): factor for fraction in boundaries}
-    )
-    return _with_warmup(decay, warmup_steps)
+    ascending = all(a < b for a, b in itertools.pairwise(boundaries))
+    if not ascending or not all(0 <= fraction <= 1 for fraction in boundaries):
+        raise ConfigError(
+            f"`schedule.boundaries` is {tuple(boundaries)}; they are fractions of the run, from 0 "
+            "to 1 and in ascending order"
+        )
+    if not factor > 0:
+        raise ConfigError(f"`schedule.factor` is {factor}; it must be more than 0")
+    factors: dict[int, float] = {}
+    for fraction in boundaries:  # in a short run several may fall on one step
+        step = round(fraction * steps)
+        factors[step] = factors.get(step, 1.0) * factor
+    return _with_warmup(optax.piecewise_constant_schedule(base, factors), warmup_steps, steps)
 
 
 def cosine(*, base: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Linear warm-up to `base`, times half a cosine from 1 to 0 over the whole run."""
-    return _with_warmup(optax.cosine_decay_schedule(base, steps), warmup_steps)
+    return _with_warmup(optax.cosine_decay_schedule(base, steps), warmup_steps, steps)
 
 
 def constant(*, base: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Linear warm-up to `base`, then `base`."""
-    del steps
-    return _with_warmup(optax.constant_schedule(base), warmup_steps)
+    return _with_warmup(optax.constant_schedule(base), warmup_steps, steps)
 
 
-def _with_warmup(schedule: optax.Schedule, warmup_steps: int) -> optax.Schedule:
+def _with_warmup(schedule: optax.Schedule, warmup_steps: int, steps: int) -> optax.Schedule:
+    if not 0 <= warmup_steps <= steps:
+        raise ConfigError(
+            f"`schedule.warmup_steps` is {warmup_steps}; it must be from 0 to steps={steps}"
+        )
     if not warmup_steps:
         return schedule
     return lambda step: schedule(step) * jax.numpy.minimum(1.0, (step + 1) / warmup_steps)
@@ -119,8 +144,10 @@ def make_optimizer(
       0.10000000149011612
     """
     arguments = dict(optimizer)
-    if "learning_rate" not in arguments:
+    if arguments.get("learning_rate") is None:
         raise ConfigError("missing from the config: `optimizer.learning_rate`")
+    _check_ranges(optimizer, "optimizer")
+    _check_ranges(regularizer, "regularizer")
     base = arguments["learning_rate"]
     rates = bind_named(SCHEDULES, schedule, "schedule", base=base, steps=steps)
     arguments["learning_rate"] = rates
@@ -129,6 +156,38 @@ def make_optimizer(
         regularize = share_work(regularize, mesh)
     transformation = optax.chain(regularize, bind_named(OPTIMIZERS, arguments, "optimizer"))
     return transformation, rates
+
+
+def _check_ranges(section: Mapping, path: str) -> None:
+    for key, value in section.items():
+        if key in _FUNCTIONS and isinstance(
+            value, str | int | float | tuple | Mapping | ConfigDict
+        ):
+            raise ConfigError(f"`{path}.{key}` is {value!r}; it is a function, or None in a config")
+        if key.endswith("_dtype") and value not in (None, "float32", "bfloat16"):
+            raise ConfigError(f"`{path}.{key}` is {value!r}; it must be float32, bfloat16 or None")
+        if not isinstance(value, int | float):  # a name, or a number that is traced
+            continue
+        if key in _FRACTIONS and not 0 <= value < 1:
+            raise ConfigError(f"`{path}.{key}` is {value}; it must be at least 0 and less than 1")
+        if key in _NOT_NEGATIVE and value < 0:
+            raise ConfigError(f"`{path}.{key}` is {value}; it must be at least 0")
+
+
+def check_arguments(transformation: optax.GradientTransformation, path: str) -> None:
+    """Runs a transformation on two abstract parameters, which finds what optax does not check.
+
+    Raises:
+      ConfigError: it fails; the message begins with `path`.
+    """
+    params = {name: jax.ShapeDtypeStruct((2, 2), "float32") for name in ("kernel", "bias")}
+    try:
+        state = jax.eval_shape(transformation.init, params)
+        jax.eval_shape(transformation.update, params, state, params)
+    except (
+        Exception
+    ) as error:  # a string for a mask, a dtype that is none: optax raises what it likes
+        raise ConfigError(f"`{path}`: {str(error).splitlines()[0]}") from error
 
 
 def bind_named(
@@ -142,5 +201,7 @@ def bind_named(
     arguments = dict(section)
     name = arguments.pop("name", None)
     if name not in registry:
-        raise ConfigError(f"`{path}.name` is {name!r}; it must be one of {', '.join(registry)}")
+        raise ConfigError(
+            f"`{path}.name` is {name!r}{suggestion(str(name), registry, what='names')}"
+        )
     return bind(registry[name], arguments, path, **supplied)

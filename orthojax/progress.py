@@ -1,9 +1,33 @@
 """The line that tells how training goes."""
 
+import contextlib
 import os
 import sys
 import time
 from typing import TextIO
+
+
+def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
+    """Writes to stderr or another stream, if it is still there.
+
+    A closed terminal, a broken pipe or a full disk behind a log is no reason to stop training.
+
+    Args:
+      text: what to write.
+      stream: where; None is `sys.stderr`.
+      end: what follows the text.
+    """
+    stream = sys.stderr if stream is None else stream  # itself None where it was closed at start
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        stream.write(text + end)
+        stream.flush()
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is a terminal; one that was closed is none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return stream.isatty()
+    return False
 
 
 class Progress:
@@ -11,13 +35,11 @@ class Progress:
 
     Args:
       total_steps: the step at which training ends.
-      stream: where to write.
-      initial_step: the step at which this process began. The time left is reckoned from the
-        construction of this object at the first update, and from the first update ever after,
-        which leaves compilation out.
+      stream: where to write; once it is gone nothing is written (see `tell`).
 
     Example:
       >>> progress = Progress(150, stream=sys.stdout)
+      >>> progress.begin(0)
       >>> progress.update(
       ...     120, loss=0.03125, train_accuracy=0.992, test_accuracy=0.986, images_per_second=812.4
       ... )
@@ -25,14 +47,22 @@ class Progress:
       >>> progress.close()
     """
 
-    def __init__(self, total_steps: int, stream: TextIO = sys.stderr, initial_step: int = 0):
+    def __init__(self, total_steps: int, stream: TextIO | None = None):
         self._total_steps = total_steps
-        self._stream = stream
-        self._live = stream.isatty()
+        self._stream = sys.stderr if stream is None else stream
+        self._live = is_terminal(self._stream)
         self._line = ""
         self._test_accuracy: float | None = None
-        self._start = (initial_step, time.monotonic())
+        self._start: tuple[int, float] | None = None
         self._updated = False
+
+    def begin(self, step: int) -> None:
+        """Starts the clock: training begins now, after this step.
+
+        The time left is reckoned from here at the first update, and from the first update ever
+        after: so neither compilation nor what an earlier process did is in it.
+        """
+        self._start, self._updated = (step, time.monotonic()), False
 
     def update(
         self,
@@ -64,17 +94,15 @@ class Progress:
         """Writes a line of its own, above the live line."""
         line = self._line
         self._erase()
-        self._stream.write(f"{text}\n")
+        tell(text, self._stream)
         if line:
             self._show(line)
-        self._stream.flush()
 
     def close(self) -> None:
         """Ends the live line, so that what is written next begins a new one."""
         if self._line:
-            self._stream.write("\n")
+            tell("", self._stream)
             self._line = ""
-        self._stream.flush()
 
     def __enter__(self) -> "Progress":
         return self
@@ -84,17 +112,16 @@ class Progress:
 
     def _show(self, line: str) -> None:
         if not self._live:
-            self._stream.write(f"{line}\n")
+            tell(line, self._stream)
         else:
             self._erase()
             # A line wider than the terminal would wrap, and \r would not get back to its start.
             self._line = line[: self._columns() - 1]
-            self._stream.write(self._line)
-        self._stream.flush()
+            tell(self._line, self._stream, end="")
 
     def _erase(self) -> None:
         if self._line:
-            self._stream.write("\r" + " " * len(self._line) + "\r")
+            tell("\r" + " " * len(self._line) + "\r", self._stream, end="")
             self._line = ""
 
     def _columns(self) -> int:
@@ -104,6 +131,8 @@ class Progress:
             return 80
 
     def _time_left(self, step: int) -> str:
+        if self._start is None:
+            return ""
         now = time.monotonic()
         first_step, then = self._start
         if not self._updated:

@@ -32,14 +32,14 @@ def make_mesh(
       devices: what the mesh is made of; None is `jax.devices()`.
 
     Raises:
-      ConfigError: the devices are fewer than asked for, or `fsdp` does not divide them; or some
-        process of a multi-process run would be left without any.
+      ConfigError: there is no device, or fewer than asked for, or `fsdp` does not divide them; or
+        some process of a multi-process run would be left without any.
 
     Example:
       >>> dict(make_mesh(data=1).shape)
       {'data': 1, 'fsdp': 1}
     """
-    devices = list(jax.devices() if devices is None else devices)
+    devices = list(_available() if devices is None else devices)
     total = len(devices)
     if fsdp < 1 or (data == -1 and total % fsdp):
         raise ConfigError(f"mesh.fsdp={fsdp} does not divide the {total} devices")
@@ -59,6 +59,17 @@ def make_mesh(
     return jax.make_mesh(
         (copies, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=chosen
     )
+
+
+def _available() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a platform is asked for that is not there
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ConfigError(
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}{reason}; unset it to "
+            "take what there is, or install what it needs, such as pip install -e '.[cuda]'"
+        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

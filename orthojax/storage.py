@@ -15,6 +15,8 @@ from orthojax.errors import WorkdirError
 def to_path(path: str | os.PathLike) -> Any:
     """A `pathlib.Path`, or for `gs://…` an `etils.epath.Path`, which behaves like one.
 
+    A leading `~` is the home directory: a shell hands on `--workdir=~/runs` as it is.
+
     Raises:
       WorkdirError: an object store is named and the extra `[gcs]` is not installed.
 
@@ -24,11 +26,11 @@ def to_path(path: str | os.PathLike) -> Any:
     """
     text = os.fspath(path)
     if "://" not in text:
-        return pathlib.Path(text)
+        return pathlib.Path(os.path.expanduser(text))
     if not text.startswith("gs://"):
         raise WorkdirError(f"{text}: only gs:// and this machine's own paths can be used")
     if importlib.util.find_spec("gcsfs") is None:
-        raise WorkdirError(f"{text} needs the extra [gcs]: pip install 'orthojax[gcs]'")
+        raise WorkdirError(f"{text} needs the extra [gcs]: pip install -e '.[gcs]'")
     os.environ.setdefault("EPATH_USE_TF", "false")  # keeps TensorFlow out of the process
     from etils import epath
 
@@ -43,6 +45,23 @@ def is_remote(path: str | os.PathLike) -> bool:
       (True, False)
     """
     return os.fspath(path).startswith("gs://")
+
+
+def set_aside(path: Any) -> Any:
+    """Renames a damaged file or directory to `<name>.corrupt`, and returns its new path.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "environment.json")
+      >>> path.touch()
+      >>> set_aside(path).name
+      'environment.json.corrupt'
+    """
+    aside = path.with_name(f"{path.name}.corrupt")
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}.corrupt")
+    path.rename(aside)
+    return aside
 
 
 def write_atomic(path: str | os.PathLike, content: bytes) -> None:
@@ -61,8 +80,12 @@ def write_atomic(path: str | os.PathLike, content: bytes) -> None:
     path = pathlib.Path(path)
     # On the same file system as the target, since os.replace is atomic only there.
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # such as a full disk, of which it would keep its part
+        temporary.unlink(missing_ok=True)
+        raise

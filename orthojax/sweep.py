@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from orthojax.errors import DivergenceError, WorkdirBusyError
 from orthojax.metrics import read_metrics
+from orthojax.progress import tell
 from orthojax.train import train_and_evaluate
 from orthojax.workdir import check_config, write_json_atomic
 
@@ -130,11 +131,11 @@ def work(jobs: Mapping[str, Job], stream: Any = None) -> dict[str, Any]:
             progressed = True
             advance(name, record)
             if fresh:
-                stream.write(
+                tell(
                     f"{len(results)}/{len(jobs)} done, {time.monotonic() - start:,.0f} s: "
-                    f"{run.workdir.parent.name}/{run.workdir.name}  {_outcome(record)}\n"
+                    f"{run.workdir.parent.name}/{run.workdir.name}  {_outcome(record)}",
+                    stream,
                 )
-                stream.flush()
         if wanted and not progressed:
             time.sleep(POLL_SECONDS)
     return {name: results[name] for name in jobs}
@@ -204,5 +205,5 @@ def tuned(
 def _run(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:
     config = copy.deepcopy(config)
     config.seed = seed
-    name = f"lr{config.optimizer.learning_rate:g},steps{config.steps},seed{seed}"
+    name = f"lr{config.optimizer.learning_rate:g}-steps{config.steps}-seed{seed}"
     return Run(directory / name, config)

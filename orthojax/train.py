@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -15,7 +16,8 @@ import jax
 
 from orthojax import data
 from orthojax.analysis.curves import draw_curves
-from orthojax.checkpoint import Checkpointer
+from orthojax.checkpoint import Checkpointer, saved_steps
+from orthojax.checksums import find_damage
 from orthojax.distributed import is_first, on_first_process
 from orthojax.errors import DivergenceError
 from orthojax.experiment import Experiment, build
@@ -23,21 +25,23 @@ from orthojax.interrupt import Interrupted, StopRequest, stop_on_signals
 from orthojax.metrics import MetricWriter, NullWriter, read_metrics
 from orthojax.observe import observe
 from orthojax.programs import Programs, compile_programs
-from orthojax.progress import Progress
+from orthojax.progress import Progress, tell
 from orthojax.sharding import replicated
 from orthojax.sites import weights_only
 from orthojax.state import TrainState
-from orthojax.storage import to_path
-from orthojax.workdir import claim, write_json_atomic
+from orthojax.storage import is_remote, to_path
+from orthojax.workdir import claim, failures_explained, write_json_atomic
 
+SUMMARY = "summary.json"
 STEPS_AHEAD = 2  # that the host may have begun and the devices not finished
 
 
 def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str, Any]:
     """Trains what `config` describes in `workdir`, or goes on where a run there stopped.
 
-    Several processes (see `orthojax.distributed.initialize`) call it alike, with a `workdir` that
-    all of them see; a run may go on with another number of processes or devices than before.
+    A run that has finished is left as it is, and its summary is returned. Several processes (see
+    `orthojax.distributed.initialize`) call it alike, with a `workdir` that all of them see; a run
+    may go on with another number of processes or devices than before.
     Writes `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and
     `curves.png` into `workdir`, and progress to stderr; of several processes the first one does.
 
@@ -56,15 +60,38 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
       UserError: see `build`, `orthojax.workdir.claim` and `orthojax.checkpoint.Checkpointer`.
       DivergenceError: the loss or a parameter is no longer finite. The last checkpoint, saved
         while they were, is kept.
-      Interrupted: SIGINT or SIGTERM, in whichever process; the state has been saved.
+      Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
     """
-    start = time.monotonic()
     workdir = to_path(workdir)
     experiment = build(config)
+    with failures_explained(workdir):
+        on_first_process(lambda: claim(workdir, config))
+        summary = _finished(workdir, experiment.settings.steps)
+        return summary or _train(experiment, workdir)
+
+
+def _finished(workdir: Any, steps: int) -> dict[str, Any] | None:
+    """The summary of the run in `workdir` if it has taken all its steps, else None."""
+    try:
+        summary = json.loads((workdir / SUMMARY).read_bytes())
+        finished = summary["steps"] == steps and "test_accuracy" in summary
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    saved = saved_steps(workdir / "checkpoints")
+    if not finished or (saved and saved[-1] < steps):
+        return None
+    if saved and not is_remote(workdir) and find_damage(workdir / "checkpoints" / str(saved[-1])):
+        return None  # trains again from an earlier checkpoint
+    gone = "" if saved else "; its checkpoints are gone"
+    if is_first():
+        tell(f"{workdir} has finished its {steps:,} steps{gone}; to train anew choose another")
+    return summary
+
+
+def _train(experiment: Experiment, workdir: Any) -> dict[str, Any]:
+    start = time.monotonic()
     settings = experiment.settings
-    on_first_process(lambda: claim(workdir, config))
     with contextlib.ExitStack() as stack:
-        request = stack.enter_context(stop_on_signals())
         checkpointer = stack.enter_context(
             Checkpointer(workdir / "checkpoints", keep=settings.keep_checkpoints)
         )
@@ -90,6 +117,8 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
             resume_step = first_step if restored else None
             writer = MetricWriter(workdir, settings.tensorboard, resume_step)
         stack.enter_context(writer)
+        # From here on there is something to save.
+        request = stack.enter_context(stop_on_signals())
         trainer = _Trainer(experiment, programs, checkpointer, writer, progress, request)
         state = trainer.train(state, batches, first_step)
         test = trainer.test or evaluate(experiment, programs, state)
@@ -108,9 +137,26 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
         "resumed_from_step": first_step,
     }
     if is_first():
-        write_json_atomic(workdir / "summary.json", summary)
-        draw_curves(read_metrics(workdir), workdir / "curves.png", title=workdir.name)
+        _draw(workdir)
+        _keep_earlier_summary(workdir / SUMMARY)
+        write_json_atomic(workdir / SUMMARY, summary)  # last: it says that the run has finished
     return summary
+
+
+def _draw(workdir: Any) -> None:
+    try:
+        draw_curves(read_metrics(workdir), workdir / "curves.png", title=workdir.name)
+    except Exception as error:  # whatever is wrong with matplotlib, the training is done
+        tell(f"curves.png is not drawn: {type(error).__name__}: {error}")
+
+
+def _keep_earlier_summary(path: Any) -> None:
+    """Renames the summary of a run that was shorter, `summary-300.json` for 300 steps."""
+    try:
+        steps = int(json.loads(path.read_bytes())["steps"])
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return
+    path.rename(path.with_name(f"summary-{steps}.json"))
 
 
 def evaluate(experiment: Experiment, programs: Programs, state: TrainState) -> dict[str, float]:
@@ -177,6 +223,7 @@ class _Trainer:
 
     def train(self, state: TrainState, batches: data.TrainBatches, first_step: int) -> TrainState:
         settings = self._settings
+        self._progress.begin(first_step)
         start = time.monotonic()
         for step in range(first_step + 1, settings.steps + 1):
             state, metrics = self._programs.train_step(state, self._programs.put(next(batches)))

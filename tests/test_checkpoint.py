@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, finished or absent, and never of another model."""
 
+import errno
 import logging
 import pathlib
 import shutil
@@ -188,6 +189,41 @@ def test_damage_falls_back_visibly_and_keeps_the_evidence(directory, capfd, pick
     assert "Traceback" not in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"null", b'{"test_accuracy": null}', b'{"test_acc'])
+@pytest.mark.parametrize("step", [10, 20])
+def test_damaged_metrics_are_set_aside_like_other_damage(tmp_path, step, content):
+    with Checkpointer(tmp_path) as checkpointer:
+        for saved in (10, 20):
+            state = {"a": jnp.float32(saved)}
+            checkpointer.save(saved, state, {}, test_accuracy=saved / 100, wait=True)
+    (tmp_path / str(step) / "metrics" / "metrics").write_bytes(content)
+    left = 30 - step
+    with (
+        pytest.warns(UserWarning, match=f"step {step} is unreadable .metrics.*from step {left}"),
+        Checkpointer(tmp_path) as checkpointer,
+    ):
+        assert checkpointer.restore_latest(abstract(state)).step == left
+        assert checkpointer.best() == (left, left / 100)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{step}.corrupt", str(left)}
+
+
+@pytest.mark.parametrize("name", ["checksums.json", "_CHECKPOINT_METADATA"])
+@pytest.mark.parametrize("content", ["null", "[1]"])
+def test_json_of_another_kind_is_damage(directory, name, content):
+    (directory / "2" / name).write_text(content)
+    with pytest.warns(UserWarning, match="step 2 is unreadable"), Checkpointer(directory) as saved:
+        assert saved.restore_latest(abstract(make_state())).step == 1
+
+
+def test_metrics_that_are_damaged_everywhere_are_an_error_and_change_nothing(tmp_path):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(10, {"a": jnp.float32(1)}, {}, test_accuracy=0.1, wait=True)
+    (tmp_path / "10" / "metrics" / "metrics").write_bytes(b"")
+    with pytest.raises(WorkdirError, match="step 10: metrics/metrics is damaged"):
+        Checkpointer(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["10"]
+
+
 def test_no_readable_checkpoint_is_an_error_and_changes_nothing(directory):
     for step in "12":
         damage(largest_file(directory / step), "truncated")
@@ -267,6 +303,29 @@ def test_kill_during_saves_leaves_a_usable_checkpoint(tmp_path):
         str(restored.step + 1),
     }
     assert interrupted, "no process was killed in the middle of a save: the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        ValueError("RESOURCE_EXHAUSTED: Error writing"),
+    ],
+)
+def test_a_full_disk_is_raised_once_and_told_by_nobody_else(tmp_path, monkeypatch, capfd, failure):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"a": jnp.zeros(2)}, {}, wait=True)
+
+        def full(*arguments):
+            raise failure
+
+        monkeypatch.setattr("orthojax.checkpoint.write_checksums", full)
+        checkpointer.save(2, {"a": jnp.zeros(2)}, {})
+        with pytest.raises(OSError, match="No space left on device") as error:
+            checkpointer.wait()
+        assert error.value.errno == errno.ENOSPC
+        assert checkpointer.latest_step() == 1
+    assert not capfd.readouterr().err
 
 
 def test_only_the_chatter_of_orbax_is_silenced(tmp_path, caplog):

@@ -220,6 +220,58 @@ def test_unprepared_set_says_what_to_run(tmp_path):
         load("imagenet2012", str(tmp_path))
 
 
+def test_a_set_of_another_version_or_at_another_depth_is_pointed_out(tmp_path):
+    load("digits", str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    for depth in ("digits", "digits/1.0.0", ".."):
+        with pytest.raises(DatasetError) as error:
+            source.check_prepared("digits", digits.Digits(data_dir=tmp_path / depth))
+        assert f"looked for {tmp_path / depth}" in str(error.value)
+        assert f"take data_dir={tmp_path}" in str(error.value).replace("/..", "")
+    (tmp_path / "digits" / "1.0.0").rename(tmp_path / "digits" / "0.9.0")
+    with pytest.raises(DatasetError, match="there is version 0.9.0: .*dataset.name=digits:0.9.0"):
+        source.check_prepared("digits", digits.Digits(data_dir=tmp_path))
+    with pytest.raises(DatasetError, match="there is no such directory; looked for"):
+        source.check_prepared("digits", digits.Digits(data_dir=tmp_path / "none"))
+
+
+class OrthojaxLabels(OrthojaxColors):
+    """Some without a label, which TFDS writes as -1."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _generate_examples(self, split):
+        for row, example in super()._generate_examples(split):
+            yield row, example | {"label": -1 if row == 5 else example["label"]}
+
+
+class OrthojaxDeep(OrthojaxColors):
+    """PNG files of 16 bits, in a set that says 8."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(4, 6, 1), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=7),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, split):
+        image = PIL.Image.fromarray(np.full((4, 6), 300, np.uint16))
+        yield 0, {"image": image, "label": 0}
+
+
+@pytest.mark.parametrize(
+    ("builder_class", "says"),
+    [(OrthojaxLabels, "has the label -1 in record"), (OrthojaxDeep, "a PNG of 16 bits")],
+)
+def test_records_that_would_be_misread(tmp_path, builder_class, says):
+    prepare_without_tensorflow(builder_class, tmp_path)
+    name = builder_class.name
+    with pytest.raises(DatasetError, match=says):
+        load(name, str(tmp_path), test_split="validation", cache_dir=str(tmp_path / "cache"))
+
+
 def test_a_data_dir_may_start_with_a_tilde(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(DatasetError, match=f"--data_dir={tmp_path}/here$"):

@@ -1,5 +1,6 @@
 """Metrics as JSON lines across interruptions, the progress line, and the picture of curves."""
 
+import errno
 import io
 import json
 import math
@@ -13,7 +14,7 @@ import pytest
 from orthojax.analysis.curves import draw_curves
 from orthojax.errors import UserError, WorkdirError
 from orthojax.metrics import MetricWriter, read_metrics
-from orthojax.progress import Progress
+from orthojax.progress import Progress, tell
 
 
 def write_steps(workdir, steps, resume_step=None):
@@ -57,15 +58,19 @@ def test_resumed_file_equals_the_undisturbed_one(tmp_path, tail):
     assert a == b and a.count(b"\n") == 10
 
 
-def test_a_run_from_the_beginning_starts_an_empty_file(tmp_path):
-    write_steps(tmp_path, [10, 20])
-    write_steps(tmp_path, [10])
+def test_a_run_from_the_beginning_starts_an_empty_file_and_keeps_the_earlier(tmp_path, capsys):
+    for number, steps in enumerate([[10, 20], [30], [10]]):
+        write_steps(tmp_path, steps)
+        assert capsys.readouterr().err.count("metrics-") == min(number, 1)
     assert [record["step"] for record in read_metrics(tmp_path)] == [10, 10]
+    kept = [(tmp_path / f"metrics-{n}.jsonl").read_text().count("\n") for n in (1, 2)]
+    assert kept == [4, 2]
 
 
-def test_damage_in_the_middle_is_named_and_nothing_is_lost(tmp_path):
+@pytest.mark.parametrize("line", ['{"step"', "null", "[]", '{"step": "b", "kind": 1}', "{}"])
+def test_damage_in_the_middle_is_named_and_nothing_is_lost(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "kind": "train"}\n{"step"\n{"step": 3, "kind": "train"}\n')
+    path.write_text(f'{{"step": 1, "kind": "train"}}\n{line}\n{{"step": 3, "kind": "train"}}\n')
     before = path.read_bytes()
     with pytest.raises(WorkdirError, match="line 2"):
         MetricWriter(tmp_path, resume_step=3)
@@ -136,15 +141,39 @@ def test_progress_reckons_the_time_left_without_compilation(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     stream = io.StringIO()
-    progress = Progress(5000, stream, initial_step=1000)
-    for step, now in [(1100, 10.0), (1200, 12.0), (4900, 86.0)]:
+    progress = Progress(5000, stream)
+    clock[0] = 1000.0  # after compilation
+    progress.begin(1000)
+    for step, now in [(1100, 1010.0), (1200, 1012.0), (4900, 1086.0)]:
         clock[0] = now
         progress.update(step, loss=1, train_accuracy=0, images_per_second=1)
     left = [line.split("  ")[-1] for line in stream.getvalue().splitlines()]
     assert left == ["6:30 left", "1:16 left", "0:02 left"]
-    clock[0] = 10.0 + 3800 * 40
+    clock[0] = 1010.0 + 3800 * 40
     progress.update(4900, loss=1, train_accuracy=0, images_per_second=1)
     assert stream.getvalue().endswith("  1:06:40 left\n")
+
+
+class Gone(io.StringIO):
+    """A terminal after its window was closed, or a pipe after its reader ended."""
+
+    def write(self, text=""):
+        raise OSError(errno.EIO, "Input/output error")
+
+    isatty = flush = write
+
+
+@pytest.mark.parametrize("stream", [Gone(), "closed", None])
+def test_progress_survives_its_terminal(stream, monkeypatch):
+    if stream == "closed":
+        stream = io.StringIO()
+        stream.close()
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it where it was closed at start
+    with Progress(150, stream) as progress:
+        progress.begin(0)
+        progress.message("compiled")
+        progress.update(60, loss=1, train_accuracy=0, images_per_second=1)
+    tell("said to nobody", stream)
 
 
 @pytest.mark.parametrize("losses", [[2.3, 0.5, 0.01], [2.3, 2.2, 2.1], [math.nan] * 3])

@@ -48,26 +48,58 @@ def photograph(index):
 
 def encode(image, kind="JPEG", mode="RGB"):
     file = io.BytesIO()
-    PIL.Image.fromarray(image).convert(mode).save(
+    picture = PIL.Image.fromarray(image)
+    (picture.convert(mode) if mode else picture).save(
         file, kind, **({"quality": 95} if kind == "JPEG" else {})
     )
     return file.getvalue()
 
 
 def write(directory, images):
-    path = str(directory / "photographs.array_record")
+    path = str(directory / "jpeg.array_record")
     writer = ArrayRecordWriter(path, "group_size:1")
     for index, image in enumerate(images):
         writer.write(serialize(image, index))
     writer.close()
-    return Records(
-        "train", str(directory), (f"{path}[0:{len(images)}]",), len(images), "image", "label"
-    )
+    shards = (f"{path}[0:{len(images)}]",)
+    return Records("train", str(directory), shards, len(images), "image", "label", COUNT)
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory):
     return write(tmp_path_factory.mktemp("records"), [encode(photograph(i)) for i in range(COUNT)])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (2, 300), (300, 1)])
+@pytest.mark.parametrize("left, top", [(0, 0), (0, 200), (200, 0), (200, 200)])
+def test_photographs_of_a_pixel_or_two(shape, left, top):
+    out = np.zeros((56, 56, 3), np.uint8)
+    image = np.full((*shape, 3), 7, np.uint8)
+    jpeg.crop_into(out, encode(image, "PNG"), 256, left, top)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_of_sixteen_bits_the_upper_eight_are_taken(kind):
+    ramp = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    decoded = jpeg.decode(encode(ramp, kind, mode=None))
+    assert decoded.shape == (32, 32, 3)
+    np.testing.assert_array_equal(decoded, np.repeat((ramp >> 8)[..., None], 3, axis=-1))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_numbers_without_a_known_range_are_no_image(dtype):
+    with pytest.raises(jpeg.UndecodableError, match="no known range"):
+        jpeg.decode(encode(np.full((4, 4), 300, dtype), "TIFF", mode=None))
+
+
+@pytest.mark.parametrize("outside", [COUNT, 100])
+def test_labels_outside_the_classes_are_named(tmp_path, outside):
+    few = dataclasses.replace(
+        write(tmp_path, [encode(photograph(0))] * 3), num_classes=2 if outside == COUNT else 1
+    )
+    with pytest.raises(DatasetError, match=r"record \d .*has the label \d, and there are \d class"):
+        take(dataset(few).train_batches(3, seed=0), 1)
 
 
 def dataset(records, workers=0):

@@ -1,5 +1,6 @@
 """Training end to end: on a tiny net, in this process and in ones that are killed."""
 
+import errno
 import json
 import logging.handlers
 import os
@@ -28,7 +29,7 @@ from configs import (
 from orthojax import data
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.experiment import build
-from orthojax.metrics import read_metrics
+from orthojax.metrics import MetricWriter, read_metrics
 from orthojax.modulator import find_state
 from orthojax.programs import compile_programs, lower_train_step
 from orthojax.train import evaluate, train_and_evaluate
@@ -147,14 +148,70 @@ def test_first_layer_filters_of_a_run_are_drawn(finished, tmp_path, capsys):
     assert "is not TITLE=WORKDIR of a run" in capsys.readouterr().err
 
 
-def test_a_second_run_of_the_same_command_trains_no_further(finished):
-    workdir, summary = finished
-    before = read_metrics(workdir)
-    again = train_and_evaluate(tiny_config(), workdir)
-    assert again["test_accuracy"] == summary["test_accuracy"]
-    assert again["resumed_from_step"] == 30
-    assert again["images_per_second"] is None
-    assert read_metrics(workdir) == before
+def files_of(workdir):
+    return {
+        p: p.read_bytes() for p in workdir.rglob("*") if p.name != "environment.json" if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("checkpoints", ["there", "deleted"])
+def test_a_finished_run_is_left_as_it_is(finished, tmp_path, checkpoints, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    if checkpoints == "deleted":
+        shutil.rmtree(workdir / "checkpoints")
+    before = files_of(workdir)
+    assert train_and_evaluate(tiny_config(log_every=5), workdir) == finished[1]
+    told = capsys.readouterr().err
+    assert "has finished its 30 steps" in told and ("gone" in told) == (checkpoints == "deleted")
+    config = {workdir / "config.json": (workdir / "config.json").read_bytes()}  # of log_every
+    assert files_of(workdir) == before | config
+
+
+def test_more_steps_and_other_intervals_are_the_same_run_and_longer(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    longer = tiny_config(
+        steps=34, log_every=1, eval_every=2, checkpoint_every=2, keep_checkpoints=1
+    )
+    summary = train_and_evaluate(longer, workdir)
+    assert summary["resumed_from_step"] == 30 and summary["steps"] == 34
+    assert "steps=30 before, 34 now" in capsys.readouterr().err
+    assert json.loads((workdir / "summary-30.json").read_text()) == finished[1]
+    records = read_metrics(workdir)
+    assert records[: len(read_metrics(finished[0]))] == read_metrics(finished[0])
+    assert [r["step"] for r in records if r["kind"] == "train"][-4:] == [31, 32, 33, 34]
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 34
+    with pytest.raises(WorkdirError, match="of step 34, and steps=20 is less"):
+        train_and_evaluate(tiny_config(steps=20), workdir)
+
+
+def test_without_its_checkpoints_a_run_begins_anew_and_keeps_the_record(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    (workdir / "summary.json").unlink()
+    before = (workdir / "metrics.jsonl").read_bytes()
+    summary = train_and_evaluate(tiny_config(), workdir)
+    assert summary["test_accuracy"] == finished[1]["test_accuracy"]
+    assert "there is no checkpoint" in capsys.readouterr().err
+    assert (workdir / "metrics-1.jsonl").read_bytes() == before
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_full_disk_is_told_in_three_lines_and_nothing_is_lost(tmp_path, monkeypatch):
+    workdir = tmp_path / "run"
+    write, calls = MetricWriter.write, []
+
+    def full(self, step, *arguments, **values):
+        calls.append(step)
+        if step > 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(workdir / "metrics.jsonl"))
+        return write(self, step, *arguments, **values)
+
+    monkeypatch.setattr(MetricWriter, "write", full)
+    with pytest.raises(WorkdirError, match="No space left on device.*\n.*make room") as error:
+        train_and_evaluate(tiny_config(), workdir)
+    assert len(str(error.value).splitlines()) <= 3
+    monkeypatch.setattr(MetricWriter, "write", write)
+    assert train_and_evaluate(tiny_config(), workdir)["resumed_from_step"] == 8
 
 
 def test_the_step_is_compiled_once(finished, tmp_path):
@@ -240,7 +297,12 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(finished, tmp_path):
 def test_signals_save_before_leaving(finished, tmp_path):
     undisturbed, _ = finished
     every = "--config.log_every=1"  # more moments at which a line is seen
-    for number, until in ((signal.SIGTERM, "step 2/30"), (signal.SIGINT, "step 12/30")):
+    signals = (
+        (signal.SIGTERM, "step 2/30"),
+        (signal.SIGHUP, "step 7/30"),
+        (signal.SIGINT, "step 12/30"),
+    )
+    for number, until in signals:
         code, output = launch(tmp_path / "run", every, until=until, send=number)
         assert code == 128 + number, output
         assert "run the same command again" in output
@@ -296,11 +358,29 @@ def test_workdir_of_another_config_is_refused_and_untouched(finished):
         ({"model.name": "PlaneNet"}, ConfigError, "PlainNet, ResNet"),
         ({"modulation.tolerence": 0.1}, ConfigError, "`modulation.tolerance`"),
         ({"modulation.decay": 2.0}, ConfigError, r"modulation.*decay=2.0 must be in \[0, 1\)"),
-        ({"regularizer.name": "orto"}, ConfigError, "ortho, l2, none"),
+        ({"regularizer.name": "orto"}, ConfigError, "did you mean `ortho`.*ortho, l2, none"),
         ({"dataset.name": "digit"}, DatasetError, "digits"),
         ({"batch_size": 2048}, DatasetError, "2048.*1437"),
         ({"dtype": "float33"}, ConfigError, "dtype.*float33"),
         ({"steps": 0}, ConfigError, "`steps` is 0"),
+        ({"seed": -1}, ConfigError, "`seed` is -1"),
+        ({"seed": 2**32}, ConfigError, "`seed` is 4294967296"),
+        ({"keep_checkpoints": 0}, ConfigError, "`keep_checkpoints` is 0"),
+        ({"dtype": "float16"}, ConfigError, "float16.*loss scaling.*bfloat16"),
+        ({"dtype": "float64"}, ConfigError, "`dtype` is float64"),
+        ({"dtype": "int32"}, ConfigError, "`dtype` is int32"),
+        ({"model.width": 0}, ConfigError, "`model.width` is 0"),
+        ({"model.bn_bias": 1e30}, ConfigError, "`model.bn_bias` is 1e.30"),
+        ({"model.bn_bias": float("nan")}, ConfigError, "`model.bn_bias` is nan"),
+        ({"optimizer.learning_rate": -0.1}, ConfigError, "`optimizer.learning_rate` is -0.1"),
+        ({"optimizer.momentum": 1.5}, ConfigError, "`optimizer.momentum` is 1.5.*less than 1"),
+        ({"regularizer.coefficient": -1.0}, ConfigError, "`regularizer.coefficient` is -1.0"),
+        ({"schedule.warmup_steps": 31}, ConfigError, "`schedule.warmup_steps` is 31.*steps=30"),
+        ({"schedule.warmup_steps": -1}, ConfigError, "`schedule.warmup_steps` is -1"),
+        ({"schedule.boundaries": (0.8, 0.5)}, ConfigError, "ascending order"),
+        ({"schedule.boundaries": (0.5, 1.5)}, ConfigError, "from 0 to 1"),
+        ({"schedule.boundaries": (float("nan"),)}, ConfigError, "`schedule.boundaries`"),
+        ({"schedule.factor": 0.0}, ConfigError, "`schedule.factor` is 0.0"),
         ({"mesh.data": 64}, ConfigError, "mesh.data=64.*there are 8"),
         ({"step": 3}, ConfigError, "unknown key `step`; did you mean `steps`"),
     ],
@@ -389,8 +469,8 @@ def test_trains_on_real_cifar10(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.optimizer.learnin_rate=0.1", 'learnin_rate=0.1: .*"learning_rate"'),
-        ("--config.modl.depth=8", 'modl.depth=8: .*"model"'),
+        ("--config.optimizer.learnin_rate=0.1", "learnin_rate=0.1: .*`optimizer.learning_rate`"),
+        ("--config.modl.depth=8", "modl.depth=8: .*`model`"),
         ("--config=configs/none.py", "configs/none.py"),
         (f"--config={ROOT}/configs/cifar10_plain.py:dept=44", "`dept`; did you mean `depth`"),
         ("--config.batch_size=ten", "batch_size=ten"),

@@ -1,5 +1,7 @@
 """A working directory belongs to one config, and to one process at a time."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -9,8 +11,9 @@ import sys
 import ml_collections
 import pytest
 
+from orthojax.config import to_json
 from orthojax.errors import WorkdirError
-from orthojax.workdir import claim, write_json_atomic
+from orthojax.workdir import check_config, claim, failures_explained, write_json_atomic
 
 CONFIG = {"seed": 3, "optimizer": {"learning_rate": 0.1, "boundaries": (0.5, 0.75)}}
 
@@ -78,6 +81,72 @@ def test_what_a_kill_during_the_first_claim_leaves_is_no_obstacle(tmp_path):
 def test_a_damaged_config_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed"')
     with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
+        claim(tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("content", ["", '[{"seed"', '{"seed": 1}', "null", "\0\0"])
+def test_a_damaged_environment_is_set_aside(tmp_path, content, capsys):
+    claim(tmp_path, CONFIG)
+    (tmp_path / "environment.json").write_text(content)
+    claim(tmp_path, CONFIG)
+    assert len(json.loads((tmp_path / "environment.json").read_text())) == 1
+    assert (tmp_path / "environment.json.corrupt").read_text() == content
+    assert "environment.json is damaged; it is kept as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"log_every": 5},
+        {"eval_every": 7, "checkpoint_every": 9, "observe_every": 1},
+        {"keep_checkpoints": 1, "tensorboard": True},
+        {"mesh": {"data": 2}, "dataset": {"data_dir": "/data", "cache_dir": "/c", "workers": 3}},
+    ],
+)
+def test_what_results_do_not_depend_on_may_differ(tmp_path, changed):
+    claim(tmp_path, CONFIG)
+    claim(tmp_path, CONFIG | changed)
+    check_config(tmp_path, CONFIG)
+    assert json.loads((tmp_path / "config.json").read_text()).items() >= changed.items()
+
+
+def test_a_run_may_become_longer_and_never_shorter_than_it_is(tmp_path, capsys):
+    claim(tmp_path, CONFIG | {"steps": 100})
+    for step in ("20", "40", "60.corrupt"):
+        (tmp_path / "checkpoints" / step).mkdir(parents=True)
+    for steps in (200, 40):
+        claim(tmp_path, CONFIG | {"steps": steps})
+        assert f"{steps} now" in capsys.readouterr().err
+    with pytest.raises(WorkdirError, match="of step 40, and steps=39 is less"):
+        claim(tmp_path, CONFIG | {"steps": 39})
+    with pytest.raises(WorkdirError, match="steps: 40 -> 100"):  # the record of another run
+        check_config(tmp_path, CONFIG | {"steps": 100})
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, number, capsys):
+    def flock(*arguments):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    claim(tmp_path, CONFIG)
+    assert "cannot be locked" in capsys.readouterr().err
+    claim(tmp_path, CONFIG)
+    assert not capsys.readouterr().err  # once
+
+
+def test_a_platform_without_locks_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("orthojax.workdir.fcntl", None)
+    claim(tmp_path, CONFIG)
+    assert "cannot be locked" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["lock", "environment.json", "config.json"])
+def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, name):
+    (tmp_path / "config.json").write_text(json.dumps(to_json(CONFIG)))
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(WorkdirError, match=name), failures_explained(tmp_path):
         claim(tmp_path, CONFIG)
 
 

@@ -3,8 +3,9 @@
 PyTorch is no dependency of this project; it is imported by the one function that needs it.
 """
 
-import os
 from collections.abc import Callable
+
+from orthojax.cores import usable_cores
 
 
 def make_step(depth: int, batch: int, *, channels_last: bool) -> Callable[[], float]:
@@ -22,7 +23,7 @@ def make_step(depth: int, batch: int, *, channels_last: bool) -> Callable[[], fl
     import torch
     from torch import nn
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     torch.manual_seed(0)
     layers, channels = [], 3
     for index in range(depth - 1):

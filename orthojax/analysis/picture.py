@@ -1,8 +1,10 @@
 """Making pictures without pyplot: no global state, and no window system is looked for."""
 
+import contextlib
 import io
 import os
 import pathlib
+import sys
 from typing import Any
 
 from orthojax.storage import write_atomic
@@ -18,12 +20,25 @@ def new_picture(width: float, height: float) -> Any:
       >>> new_picture(4, 3).axes
       []
     """
+    _import_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(picture)
     return picture
+
+
+def _import_matplotlib() -> None:
+    """Imports it even where MPLBACKEND names a backend that it does not know: none is used here."""
+    if "matplotlib" in sys.modules or "MPLBACKEND" not in os.environ:
+        return
+    backend = os.environ.pop("MPLBACKEND")
+    import matplotlib
+
+    os.environ["MPLBACKEND"] = backend
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = backend
 
 
 def write_picture(picture: Any, path: str | os.PathLike) -> None:

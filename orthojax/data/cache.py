@@ -3,7 +3,6 @@
 import hashlib
 import os
 import pathlib
-import sys
 import urllib.parse
 import uuid
 import zipfile
@@ -12,15 +11,19 @@ from collections.abc import Callable
 
 import numpy as np
 
+from orthojax.progress import tell
+
 Arrays = dict[str, np.ndarray]
 
 _UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 def default_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/orthojax/datasets`, where the variable is unset `~/.cache/orthojax/…`."""
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(root).expanduser() / "orthojax" / "datasets"
+    """`$XDG_CACHE_HOME/orthojax/datasets`, in `~/.cache` where that is not an absolute path."""
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    if not os.path.isabs(root):  # which its specification has ignored
+        root = os.path.expanduser("~/.cache")
+    return pathlib.Path(root) / "orthojax" / "datasets"
 
 
 def entry(
@@ -31,7 +34,7 @@ def entry(
     The records' directory is in the path, so two prepared copies of a set do not displace each
     other; its `fingerprint` is in the file, so a set prepared anew does displace its old self.
     """
-    root = pathlib.Path(cache_dir).expanduser() if cache_dir else default_directory()
+    root = pathlib.Path(os.path.expanduser(cache_dir)) if cache_dir else default_directory()
     place = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:16]
     pooled = f"-downsample{downsample}" if downsample > 1 else ""
     return root / name / place / f"{urllib.parse.quote(split, safe='')}{pooled}.npz"
@@ -59,15 +62,15 @@ def read_or_build(path: pathlib.Path, key: str, build: Callable[[], Arrays]) -> 
             arrays = dict(file)
         if arrays.pop("key").item() == key:
             return arrays
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except _UNREADABLE as error:
-        print(f"{path} is damaged ({error}); making it anew", file=sys.stderr)
+        tell(f"{path} is damaged ({error}); making it anew")
     arrays = build()
     try:
         _write(path, key, arrays)
     except OSError as error:
-        print(f"cannot cache decoded images as {path}: {error}", file=sys.stderr)
+        tell(f"cannot cache decoded images as {path}: {error}")
     return arrays
 
 

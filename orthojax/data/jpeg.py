@@ -28,7 +28,8 @@ def decode(encoded: bytes | memoryview, at_least: int | None = None) -> np.ndarr
     """Decodes an image of any kind to RGB, as it lies: an orientation in its metadata is ignored.
 
     Args:
-      encoded: the content of a file: JPEG (also gray or CMYK), PNG, or what else Pillow reads.
+      encoded: the content of a file: JPEG (also gray or CMYK), PNG, or what else Pillow reads. Of
+        16-bit images the upper eight bits are taken.
       at_least: if given, a large JPEG may come back reduced by 2, 4 or 8, with both sides at least
         `REDUCTION_MARGIN * at_least` long.
 
@@ -36,7 +37,8 @@ def decode(encoded: bytes | memoryview, at_least: int | None = None) -> np.ndarr
       uint8 (H, W, 3), in RGB.
 
     Raises:
-      UndecodableError: the content is cut short or is no image.
+      UndecodableError: the content is cut short, is no image, or is one of numbers whose range is
+        not known (32-bit integers, floats).
 
     Example:
       >>> red = np.full((60, 80, 3), (255, 0, 0), np.uint8)
@@ -57,7 +59,7 @@ def decode(encoded: bytes | memoryview, at_least: int | None = None) -> np.ndarr
         pass
     try:
         with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return np.array(image.convert("RGB"))
+            return _to_rgb(image)
     except Exception as error:  # Pillow's readers of so many formats raise what they like
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
@@ -131,8 +133,11 @@ def window(length: int, size: int, start: int, crop: int) -> slice:
     Example:
       >>> window(500, 256, 16, 224)
       slice(31, 469, None)
+      >>> window(1, 256, 200, 56)
+      slice(0, 1, None)
     """
     first, last = round(start * length / size), round((start + crop) * length / size)
+    first = min(first, length - 1)  # of an axis of a pixel or two, the last may be half a pixel off
     return slice(first, max(last, first + 1))
 
 
@@ -156,6 +161,16 @@ def crop_into(out: np.ndarray, encoded: bytes | memoryview, size: int, left: int
     image, crop = decode(encoded, at_least=size), len(out)
     height, width = image.shape[:2]
     resize(image[window(height, size, top, crop), window(width, size, left, crop)], crop, out)
+
+
+def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
+    # Pillow's own conversion of grey levels of more than 8 bits clips at 255: all turns white.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"a {image.format} image of mode {image.mode} has no known range")
+    return np.array(image.convert("RGB"))
 
 
 def _reduction(shorter_side: int, at_least: int | None) -> int:

@@ -21,6 +21,7 @@ class Records:
       size: number of records.
       image_key: the feature that holds an encoded image.
       label_key: the feature that holds its class.
+      num_classes: labels are 0 to `num_classes - 1`.
     """
 
     split: str
@@ -29,6 +30,7 @@ class Records:
     size: int
     image_key: str
     label_key: str
+    num_classes: int
 
     def __len__(self) -> int:
         return self.size
@@ -39,12 +41,18 @@ class Records:
         try:
             features = parse(files[index]).features.feature
             image, label = features[self.image_key], features[self.label_key]
-            return image.bytes_list.value[0], label.int64_list.value[0]
+            encoded, label = image.bytes_list.value[0], label.int64_list.value[0]
         except (RuntimeError, IndexError, parse_error) as error:
             raise DatasetError(
                 f"record {index} of split {self.split!r} in {self.directory} is damaged or missing "
                 f"({error}); remove that directory and prepare the set again"
             ) from error
+        if not 0 <= label < self.num_classes:
+            raise DatasetError(
+                f"record {index} of split {self.split!r} in {self.directory} has the label "
+                f"{label}, and there are {self.num_classes} classes; choose a split with labels"
+            )
+        return encoded, label
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

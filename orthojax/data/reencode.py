@@ -2,12 +2,12 @@
 
 import functools
 import importlib.util
-import os
 import pathlib
 import tempfile
 
 import tensorflow_datasets as tfds
 
+from orthojax.cores import usable_cores
 from orthojax.data import prepare, source
 from orthojax.data.records import Undecodable
 from orthojax.errors import DatasetError
@@ -142,7 +142,7 @@ def reencode(
       '/home/me/tensorflow_datasets/imagenet2012_256/5.1.0'
     """
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     _check_numbers(name, size, quality, workers)
     original = source.find(name, data_dir, prepared=False)
     if None not in original.image_shape:

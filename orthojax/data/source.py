@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import pathlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from orthojax.errors import DatasetError
 
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
 _PROGRESS_SECONDS = 1.0  # what is over sooner says nothing
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 _REENCODED = re.compile(r"(?P<name>\w+)_(?P<size>[1-9]\d*)(?P<rest>[/:].*)?")
 
@@ -112,7 +114,7 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
 
     from orthojax.data import digits  # noqa: F401  (defining the class registers it with TFDS)
 
-    data_dir = os.path.expanduser(data_dir) if data_dir else None
+    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "") or None
     try:
         with quiet():
             return tfds.builder(name, data_dir=data_dir)
@@ -120,7 +122,8 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
         return None
     # What TFDS raises for unknown versions, for unknown configs, and for other repositories' sets.
     except (AssertionError, ValueError, ImportError) as error:
-        raise DatasetError(f"data set {name!r} cannot be used: {error}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise DatasetError(f"data set {name!r} cannot be used: {reason}") from error
 
 
 def _original(name: str, data_dir: str | None) -> Any | None:
@@ -170,8 +173,8 @@ def check_prepared(name: str, builder: Any) -> None:
     """Raises `DatasetError`, with the command to run, where there are no `array_record` files."""
     if not is_prepared(builder):
         raise DatasetError(
-            f"data set {name!r} is not prepared in {builder.data_dir_root}; prepare it with\n"
-            f"    {prepare_command(name, builder)}"
+            f"data set {name!r} is not prepared in {builder.data_dir_root}; {_nearby(builder)}"
+            f"prepare it with\n    {prepare_command(name, builder)}"
         )
     try:
         builder.as_data_source(split=next(iter(builder.info.splits)))
@@ -181,6 +184,30 @@ def check_prepared(name: str, builder: Any) -> None:
             "reads; remove that directory, or name another data_dir, and prepare the set with\n"
             f"    {prepare_command(name, builder)}"
         ) from error
+
+
+def _nearby(builder: Any) -> str:
+    """Where a set that is not prepared was looked for, and what is there instead."""
+    place, root = os.fspath(builder.data_path), os.fspath(builder.data_dir_root)
+    looked = f"looked for {place}; "
+    if "://" in place:
+        return looked
+    if not os.path.isdir(root):
+        return f"there is no such directory; {looked}"
+    with contextlib.suppress(OSError):
+        versions = [p.parent.name for p in pathlib.Path(place).parent.glob("*/dataset_info.json")]
+        if versions:
+            found = ", ".join(sorted(versions))
+            return (
+                f"{looked}there is version {found}: take it by dataset.name="
+                f"{builder.name}:{versions[0]}, or "
+            )
+        relative = os.path.relpath(place, root)
+        above, below = pathlib.Path(root).absolute().parents[:3], pathlib.Path(root).glob("*/")
+        for other in (*above, *below):
+            if (other / relative / "dataset_info.json").exists():
+                return f"{looked}it is in {other}: take data_dir={other}, or "
+    return looked
 
 
 def prepare_command(name: str, builder: Any) -> str:
@@ -204,7 +231,8 @@ def records(source: Source, split: str) -> Records:
     instructions = _checked_split(source, split).file_instructions
     shards = tuple(f"{i.filename}[{i.skip}:{i.skip + i.take}]" for i in instructions if i.take)
     size = sum(i.take for i in instructions)
-    return Records(split, source.directory, shards, size, source.image_key, source.label_key)
+    keys = source.image_key, source.label_key
+    return Records(split, source.directory, shards, size, *keys, source.num_classes)
 
 
 def examples(source: Source, split: str) -> Any:
@@ -226,10 +254,16 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
       Images uint8 (N, H, W, C) and labels int32 (N,).
 
     Raises:
-      DatasetError: there is no such split, it is empty, or its records cannot be read.
+      DatasetError: there is no such split, it is empty, its records cannot be read, or a label is
+        outside the classes.
     """
+    import tensorflow_datasets as tfds
+
     size = _checked_split(source, split).num_examples
-    records = source.builder.as_data_source(split=split)
+    # As they are stored: TFDS would take 16-bit values modulo 256.
+    raw = {source.image_key: tfds.decode.SkipDecoding()}
+    records = source.builder.as_data_source(split=split, decoders=raw)
+    feature = source.builder.info.features[source.image_key]
     images = np.empty((size, *source.image_shape), np.uint8)
     labels = np.empty(size, np.int32)
     title = f"decoding {source.full_name} {split}"
@@ -242,10 +276,32 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
             with reading(source):
                 chunk = records.__getitems__(rows)
             for row, example in zip(rows, chunk, strict=True):
-                images[row] = example[source.image_key]
+                images[row] = _decode_image(source, split, row, feature, example)
                 labels[row] = example[source.label_key]
             progress.update(len(rows))
+    outside = np.flatnonzero((labels < 0) | (labels >= source.num_classes))
+    if len(outside):
+        raise DatasetError(
+            f"split {split!r} of {source.full_name} has the label {labels[outside[0]]} in record "
+            f"{outside[0]}, and there are {source.num_classes} classes; choose a split with labels"
+        )
     return images, labels
+
+
+def _decode_image(source: Source, split: str, row: int, feature: Any, example: Any) -> np.ndarray:
+    encoded = example[source.image_key]
+    try:
+        if encoded[:8] == _PNG and encoded[24] > 8:
+            raise ValueError(f"a PNG of {encoded[24]} bits, and not of 8")
+        image = feature.decode_example_np(encoded)
+        if image.shape != source.image_shape:
+            raise ValueError(f"of shape {image.shape}, and not {source.image_shape}")
+    except Exception as error:  # the decoders raise what they like
+        raise DatasetError(
+            f"record {row} of split {split!r} in {source.directory} is no image of this set "
+            f"({error}); remove that directory and prepare the set again"
+        ) from error
+    return image
 
 
 def _checked_split(source: Source, split: str) -> Any:

@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib.util
-import os
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from orthojax.cores import usable_cores
 from orthojax.data import source
 from orthojax.data.augmentation import augment_photographs, standardize_rgb
 from orthojax.data.dataset import BLACK_IMAGES, black_split
@@ -180,7 +180,8 @@ def fake_data(
     """
     del train_split, test_split
     found = source.find(name, data_dir, prepared=False)
-    records = Records("", "", (), BLACK_IMAGES, found.image_key, found.label_key)
+    keys = found.image_key, found.label_key
+    records = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
     numbers = _checked(resize, crop, color_std, workers, threads)
     return FakeDataset(name, records, records, found.num_classes, flip=flip, **numbers)
 
@@ -189,7 +190,7 @@ def _checked(
     resize: int, crop: int, color_std: float, workers: int | None, threads: int
 ) -> dict[str, float]:
     if workers is None:
-        workers = len(os.sched_getaffinity(0))
+        workers = usable_cores()
     if not 1 <= crop <= resize:
         raise DatasetError(f"crop={crop} is not from 1 to resize={resize}")
     for name, value, least in (
