@@ -13,6 +13,7 @@ from orthojax.config import bind, suggestion
 from orthojax.errors import ConfigError
 from orthojax.ortho import optax_ortho
 from orthojax.shared_work import share_work
+from orthojax.sites import SITE
 
 # Optax's own functions: every argument they have is a key that the config may set.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -175,12 +176,13 @@ def _check_ranges(section: Mapping, path: str) -> None:
 
 
 def check_arguments(transformation: optax.GradientTransformation, path: str) -> None:
-    """Runs a transformation on two abstract parameters, which finds what optax does not check.
+    """Runs a transformation on a few abstract parameters, which finds what optax does not check.
 
     Raises:
       ConfigError: it fails; the message begins with `path`.
     """
-    params = {name: jax.ShapeDtypeStruct((2, 2), "float32") for name in ("kernel", "bias")}
+    shapes = {"kernel": (2, 2), "bias": (2,), SITE: (3,)}
+    params = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes.items()}
     try:
         state = jax.eval_shape(transformation.init, params)
         jax.eval_shape(transformation.update, params, state, params)

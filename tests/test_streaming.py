@@ -271,6 +271,6 @@ def test_a_record_that_is_no_example_is_named(tmp_path, record):
     writer.close()
     if record is None:
         path.unlink()
-    records = Records("train", str(tmp_path), (f"{path}[0:1]",), 1, "image", "label")
+    records = Records("train", str(tmp_path), (f"{path}[0:1]",), 1, "image", "label", 2)
     with pytest.raises(DatasetError, match=f"record 0 of split 'train' in {tmp_path} is damaged"):
         records[0]
