@@ -268,3 +268,47 @@ def test_modulation_adds_no_all_reduce_to_a_training_step(scan):
     plain = count(False)
     assert plain > 0
     assert count(True) == plain
+
+
+def test_evaluation_can_be_differentiated_forwards(images):
+    net = PlainNet(depth=8, width=4, modulated=True)
+    variables = random_variables(net, images)
+
+    def logits(images):
+        return net.apply(variables, images, train=False)
+
+    tangent = jax.random.normal(jax.random.key(2), images.shape)
+    weight = jax.random.normal(jax.random.key(3), (len(images), 10))
+    _, forwards = jax.jvp(logits, (images,), (tangent,))
+    backwards = jax.vjp(logits, images)[1](weight)[0]
+    np.testing.assert_allclose(jnp.vdot(weight, forwards), jnp.vdot(backwards, tangent), rtol=1e-3)
+
+
+def test_a_training_pass_under_shard_map_with_its_default_checks(images):
+    """Each device has its own statistics, so the gradient is that of groups of the batch."""
+    net = PlainNet(depth=8, width=4, modulated=True)
+    images = jax.random.normal(jax.random.key(1), (8, 8, 8, 3))
+    variables = random_variables(net, images)
+
+    def gradient(net):
+        def loss(params, images):
+            logits, _ = net.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(logits))
+
+        return jax.grad(loss)
+
+    mapped = jax.shard_map(
+        gradient(net),
+        mesh=jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)),
+        in_specs=(PartitionSpec(), PartitionSpec("data")),
+        out_specs=PartitionSpec(),
+    )
+    actual = jax.jit(mapped)(variables["params"], images)
+    expected = jax.jit(gradient(net.clone(bn_groups=2)))(variables["params"], images)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        a = a / 2 if path[-1].key == SITE else a  # sums over devices, and means over groups
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(jnp.abs(b).max()))

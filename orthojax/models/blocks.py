@@ -56,7 +56,8 @@ class ConvBN(nn.Module):
             use_bias=False,
             dtype=spec.dtype,
             kernel_init=spec.kernel_init if same else spec.change_init,
-            conv_general_dilated=conv_general_dilated,
+            # In evaluation JAX's own, which forward-mode differentiation goes through.
+            conv_general_dilated=conv_general_dilated if train else None,
             name="conv",
         )(x)
         return BatchNorm(

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from orthojax.sites import vary_like
+
 # Up to this many output positions one matrix product over patches beats XLA:CPU's convolution.
 PATCHES_UP_TO = 16
 
@@ -49,7 +51,7 @@ def conv_general_dilated(
         and _is_nhwc(dimension_numbers, lhs, rhs)
     )
     if ours:
-        return _convolve(lhs, rhs, precision)
+        return _convolve(lhs, vary_like(lhs, rhs), precision)
     return lax.conv_general_dilated(
         lhs,
         rhs,
