@@ -312,3 +312,14 @@ def test_a_training_pass_under_shard_map_with_its_default_checks(images):
     ):
         a = a / 2 if path[-1].key == SITE else a  # sums over devices, and means over groups
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_nothing_relies_on_rank_promotion(train, images):
+    net = PlainNet(depth=8, width=4, modulated=True)
+    variables = random_variables(net, images)
+    with jax.numpy_rank_promotion("raise"):
+        if train:
+            jax.eval_shape(lambda: value_and_gradients(net, variables, images))
+        else:
+            jax.eval_shape(lambda: net.apply(variables, images, train=False))

@@ -102,7 +102,9 @@ def standardize_rgb(images: jax.Array) -> jax.Array:
       >>> [f"{value:.2f}" for value in standardize_rgb(MEAN_RGB + 100).ravel()]
       ['1.70', '1.70', '1.70']
     """
-    return (jnp.asarray(images).astype(jnp.float32) - MEAN_RGB) * np.float32(SCALE)
+    images = jnp.asarray(images).astype(jnp.float32)
+    mean = np.expand_dims(MEAN_RGB, tuple(range(images.ndim - 1)))
+    return (images - mean) * np.float32(SCALE)
 
 
 def color_shift(coefficients: jax.Array) -> jax.Array:

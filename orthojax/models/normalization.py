@@ -86,10 +86,11 @@ class BatchNorm(nn.Module):
         site = site_of(self) if self.modulated else None
         form = _Form(self.epsilon, self.relu, jnp.dtype(self.dtype))
         if self.use_running_average:
-            return _apply(form, x, mean.value, var.value, *affine)
+            return _apply(form, x, *(_expand(v, x) for v in (mean.value, var.value, *affine)))
         if x.shape[0] % self.groups:
             raise ValueError(f"{self.groups} groups do not divide a batch of {x.shape[0]}")
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
+        affine = (_expand(v, grouped) for v in affine)
         y, *statistics = _normalize(form, grouped, *vary_like(x, (*affine, site)))
         if not self.is_initializing():
             for running, found in zip((mean, var), statistics, strict=True):
@@ -105,6 +106,11 @@ class _Form:
     epsilon: float
     relu: bool
     dtype: Any
+
+
+def _expand(features, x):
+    """(C,) as (1, ..., C), of the rank of x: nothing here relies on implicit rank promotion."""
+    return features.reshape((1,) * (x.ndim - 1) + features.shape)
 
 
 def _axes(x):
@@ -152,7 +158,7 @@ def _backward(form, residuals, cotangents):
         factor = rho.reshape(-1, *(1,) * (x.ndim - 1)) * factor
     delta = (factor * (error - a - b * normalized)).astype(x.dtype)
     count = x.size // (x.shape[0] * x.shape[-1])
-    gradients = (count * jnp.sum(s.reshape(-1, x.shape[-1]), axis=0) for s in (b, a))
+    gradients = (count * jnp.sum(s, axis=0, keepdims=True) for s in (b, a))
     return delta, *gradients, measured
 
 
