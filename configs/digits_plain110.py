@@ -18,10 +18,11 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     """
     args = parse_arguments(arguments, depth=110, method=("isometric", "ortho"), steps=0)
     ortho = args.method == "ortho"
+    steps = args.steps or (3_000 if ortho else 300)
     config = ConfigDict(
         {
             "seed": 0,
-            "steps": args.steps or (3_000 if ortho else 300),
+            "steps": steps,
             "batch_size": 128,
             "dtype": "float32",
             "dataset": {"name": "digits", "data_dir": placeholder(str), "flip": False},
@@ -43,7 +44,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "optimizer": {"name": "sgd", "learning_rate": 0.005, "momentum": 0.9},
             "schedule": {
                 "name": "step_decay",
-                "warmup_steps": min(20, args.steps),
+                "warmup_steps": min(20, steps),
                 "boundaries": (0.5, 0.75),
                 "factor": 0.1,
             },

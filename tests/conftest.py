@@ -2,8 +2,12 @@
 
 import os
 import pathlib
+import signal
 
 import pytest
+
+# Under `nohup` the processes that are tested would ignore it too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "orthojax"
 

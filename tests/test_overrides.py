@@ -25,7 +25,7 @@ def overridden(*words, config=None):
         ("dataset.cache_dir=/tmp/1", "/tmp/1"),
         ("optimizer.nesterov=True", True),
         ("optimizer.nesterov=true", True),
-        ("regularizer.batched=0", False),
+        ("regularizer.grouping=none", "none"),
         # None and a value, either way round.
         ("modulation=None", None),
         ("modulation.steps=None", None),
