@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orthojax.ortho.paths import path_name
 from orthojax.sites import SITE, is_site, rescaling
 
 
@@ -156,7 +157,7 @@ def modulation(
         wait = (state.count == 0) & modulating
         updates = _map_weights(lambda u: jnp.where(wait, jnp.zeros_like(u), u), updates)
         updates, inner_state = of_weights.update(updates, state.inner_state, params, **extra)
-        updates = _set_sites(updates, params, new)
+        updates = _set_sites(updates, _sites(params), new)
         rows = jnp.concatenate([leaf.ravel() for leaf in state.moments.values()])
         moments = _unflatten(jnp.where(ran, moment, rows), state.moments)
         rows = jnp.concatenate([leaf.ravel() for leaf in state.scales.values()])
@@ -225,7 +226,7 @@ def read(opt_state: Any) -> Readings:
         raise ValueError("no state of orthojax.modulation in this optimizer state")
     sites = []
     for path, moments in jax.device_get(state.moments).items():
-        name = "/".join(key for key in path.split("/") if key not in (SITE, "value"))
+        name = "/".join(key for key in path.split("/") if key != SITE)
         positions, scales = (jax.device_get(d[path]) for d in (state.positions, state.scales))
         for index in np.ndindex(moments.shape):
             label = name + "".join(f"[{i}]" for i in index)
@@ -276,7 +277,7 @@ def _map_weights(function, tree):
 
 def _sites(tree: Any) -> dict[str, jax.Array]:
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        path_name(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if is_site(path)
     }
@@ -295,15 +296,10 @@ def _unflatten(rows: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Arr
     return found
 
 
-def _set_sites(updates: Any, params: Any, new: jax.Array) -> Any:
-    """The updates that make `new`, `(sites, 3)`, of the sites of `params`."""
-    sites = _sites(params)
+def _set_sites(updates: Any, sites: dict[str, jax.Array], new: jax.Array) -> Any:
+    """The updates that make `new`, `(sites, 3)`, of the sites."""
     wanted = _unflatten(new.ravel(), sites)
+    changes = {path: (wanted[path] - site).astype(site.dtype) for path, site in sites.items()}
     return jax.tree_util.tree_map_with_path(
-        lambda path, u: _difference(path, sites, wanted) if is_site(path) else u, updates
+        lambda path, u: changes[path_name(path)] if is_site(path) else u, updates
     )
-
-
-def _difference(path, sites, wanted):
-    name = jax.tree_util.keystr(path, simple=True, separator="/")
-    return (wanted[name] - sites[name]).astype(sites[name].dtype)

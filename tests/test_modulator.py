@@ -360,7 +360,7 @@ def test_reading_a_stack_and_outputs():
     params = {
         "head": {SITE: init_site(-1)},
         "stack": {SITE: init_site(1, (2,))},
-        "stem": {SITE: init_site(0)},
+        "attention": {"value": {SITE: init_site(0)}},
     }
     rows = orthojax.read(modulation(optax.identity()).init(params))
-    assert [row.path for row in rows] == ["stem", "stack[0]", "stack[1]", "head"]
+    assert [row.path for row in rows] == ["attention/value", "stack[0]", "stack[1]", "head"]
