@@ -1,8 +1,8 @@
 """Residual twins of the plain nets on CIFAR-10, in the same protocol and preset."""
 
 from ml_collections import ConfigDict
+from orthojax.configs import cifar10_plain
 
-from configs import cifar10_plain
 from orthojax.config import parse_arguments
 
 

@@ -59,7 +59,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     if ortho:
         config.model.kernel_init, config.model.bn_bias = "orthonormal", 0.0
         config.optimizer.learning_rate = 0.06
-        # What leaves the chaos does so at the high rate, so two thirds of the run are at it.
-        config.schedule.boundaries = (0.67, 0.85)
+        config.schedule = {"name": "cosine", "warmup_steps": min(20, steps)}
         config.log_every, config.eval_every, config.checkpoint_every = 50, 250, 250
     return config

@@ -1,8 +1,7 @@
 """What `digits_plain110.py` cures: SGD and L2 from He initialisation, all else equal."""
 
 from ml_collections import ConfigDict
-
-from configs import digits_plain110
+from orthojax.configs import digits_plain110
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

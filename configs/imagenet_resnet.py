@@ -1,8 +1,8 @@
 """Residual twins of the plain nets on ImageNet, in the same protocol and preset."""
 
 from ml_collections import ConfigDict
+from orthojax.configs import imagenet_plain
 
-from configs import imagenet_plain
 from orthojax.config import parse_arguments
 
 

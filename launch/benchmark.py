@@ -16,11 +16,10 @@ import os
 import pathlib
 import sys
 
-from command_line import local_path
 from environment import environment
+from orthojax.storage.paths import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilation is measured, too
 
 PARTS = ("step", "input", "compile", "memory")

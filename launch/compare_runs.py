@@ -11,8 +11,8 @@ import statistics
 import sys
 
 from orthojax.analysis.curves import draw_comparison
-from orthojax.metrics import read_metrics
-from orthojax.storage import to_path
+from orthojax.storage.metrics import read_metrics
+from orthojax.storage.paths import to_path
 
 
 def main(arguments=None):

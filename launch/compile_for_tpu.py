@@ -18,13 +18,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: it must not look 
 
 from absl import flags
 
-from command_line import (
-    define_config,
-    load_config,
-    local_path,
-    override_words,
-    run,
-)
+from orthojax.launch.command_line import run
+from orthojax.launch.config_flag import define_config, load_config, override_words
+from orthojax.storage.paths import local_path
 
 PACKAGES = ("orthojax", "jax", "jaxlib", "libtpu", "flax", "optax")
 
@@ -40,7 +36,7 @@ def main():
     import jax
 
     from orthojax.analysis.cost import table, tpu_devices
-    from orthojax.config import differences, to_json
+    from orthojax.config.sections import differences, to_json
 
     options = flags.FLAGS
     configs = {flag: found for flag in ("config", "compare") if (found := load_config(flag))}
@@ -78,8 +74,8 @@ def name(flag):
 def compile_step(flag, config, devices):
     from orthojax.analysis.cost import measure
     from orthojax.data import fake_data
-    from orthojax.experiment import build
-    from orthojax.programs import lower_train_step
+    from orthojax.training.compiled import lower_train_step
+    from orthojax.training.experiment import build
 
     print(f"compiling {name(flag)}, which takes minutes...", file=sys.stderr, flush=True)
     experiment = build(config, devices=devices, load=fake_data)

@@ -13,13 +13,13 @@ import sys
 import numpy as np
 
 from orthojax.analysis.filters import draw_filters
-from orthojax.checkpoint import Checkpointer
-from orthojax.config import from_json
+from orthojax.config.sections import from_json
 from orthojax.data import fake_data
 from orthojax.errors import UserError
-from orthojax.experiment import build
-from orthojax.programs import abstract_state
-from orthojax.storage import to_path
+from orthojax.storage.checkpoint import Checkpointer
+from orthojax.storage.paths import to_path
+from orthojax.training.compiled import abstract_state
+from orthojax.training.experiment import build
 
 
 def main(arguments=None):

@@ -9,7 +9,7 @@ def environment() -> dict:
     """As a dictionary of strings and numbers."""
     import jax
 
-    from orthojax.cores import usable_cores
+    from orthojax.parallel.cores import usable_cores
 
     program = pathlib.Path(sys.argv[0])
     return {

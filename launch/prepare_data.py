@@ -1,52 +1,8 @@
-"""Prepares a TFDS data set for training: `python launch/prepare_data.py cifar10`.
+"""`python -m orthojax.launch.prepare_data`, from a checkout."""
 
-Every set but `digits` needs TensorFlow here, and only here: `pip install -e '.[prepare]'`.
-With `--resize=256` photographs are then written again as squares of 256 pixels, as a set of its
-own, `imagenet2012_256`, which needs `pip install -e '.[imagenet]'`.
-"""
-
-import argparse
-import signal
 import sys
 
-from orthojax.data.prepare import prepare
-from orthojax.data.reencode import reencode
-from orthojax.errors import UserError
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="digits, cifar10, cifar100, svhn_cropped, mnist, …")
-    parser.add_argument(
-        "--data_dir",
-        help="where the prepared set goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",
-    )
-    parser.add_argument(
-        "--manual_dir", help="where the archives are that TFDS cannot download, such as ImageNet's"
-    )
-    parser.add_argument(
-        "--resize",
-        type=int,
-        metavar="SIZE",
-        help="write NAME_SIZE too: every photograph as a square of SIZE pixels",
-    )
-    parser.add_argument("--quality", type=int, default=95, help="of its JPEGs (default: 95)")
-    parser.add_argument("--workers", type=int, help="threads that write it (default: one per core)")
-    arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C
-    name, data_dir, manual_dir = arguments.name, arguments.data_dir, arguments.manual_dir
-    try:
-        if arguments.resize is None:
-            directory = prepare(name, data_dir, manual_dir)
-        else:
-            numbers = {"quality": arguments.quality, "workers": arguments.workers}
-            directory = reencode(name, arguments.resize, data_dir, manual_dir, **numbers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{name} is prepared in {directory}")
-    return 0
-
+from orthojax.launch.prepare_data import main
 
 if __name__ == "__main__":
     sys.exit(main())

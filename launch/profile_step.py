@@ -9,7 +9,9 @@ import sys
 
 from absl import flags
 
-from command_line import define_config, load_config, run, tell
+from orthojax.console import tell
+from orthojax.launch.command_line import run
+from orthojax.launch.config_flag import define_config, load_config
 
 
 def define_flags():
@@ -23,12 +25,12 @@ def main():
 
     from orthojax.analysis.profile import profile
     from orthojax.data import fake_data
-    from orthojax.experiment import build
-    from orthojax.programs import compile_programs
+    from orthojax.training.compiled import compile_steps
+    from orthojax.training.experiment import build
 
     experiment = build(load_config(), load=fake_data)
     tell("compiling...")
-    programs = compile_programs(experiment)
+    programs = compile_steps(experiment)
     draw, rows = np.random.default_rng(0), len(programs.rows)
     images = draw.integers(0, 256, (rows, *experiment.dataset.image_shape), np.uint8)
     labels = draw.integers(0, experiment.dataset.num_classes, rows, np.int32)

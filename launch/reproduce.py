@@ -15,10 +15,10 @@ import os
 import pathlib
 import sys
 
-from command_line import exit_status, keep_compiled_programs, leave_on_signals, local_path
+from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
+from orthojax.storage.paths import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
@@ -65,7 +65,7 @@ def main():
 def reproduce(arguments):
     """Trains what is not trained yet, then writes the reports."""
     from orthojax.errors import WorkdirError
-    from orthojax.sweep import work
+    from orthojax.training.sweep import work
 
     wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
     if arguments.resume and not any(arguments.workdir.glob(f"*_{arguments.preset}")):

@@ -10,23 +10,20 @@ import json
 import math
 import pathlib
 import statistics
-import sys
 
-from command_line import local_path
+from orthojax.configs.digits_plain110 import get_config
+
+from orthojax import orthonormality_error
+from orthojax.analysis.picture import new_picture, write_picture
+from orthojax.errors import DivergenceError
+from orthojax.models import unstack_blocks
+from orthojax.storage.checkpoint import Checkpointer
+from orthojax.storage.paths import local_path
+from orthojax.training.compiled import abstract_state
+from orthojax.training.experiment import build
+from orthojax.training.train import train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configs.digits_plain110 import get_config  # noqa: E402
-from orthojax import orthonormality_error  # noqa: E402
-from orthojax.analysis.picture import new_picture, write_picture  # noqa: E402
-from orthojax.checkpoint import Checkpointer  # noqa: E402
-from orthojax.errors import DivergenceError  # noqa: E402
-from orthojax.experiment import build  # noqa: E402
-from orthojax.models import unstack_blocks  # noqa: E402
-from orthojax.programs import abstract_state  # noqa: E402
-from orthojax.train import train_and_evaluate  # noqa: E402
-
 COEFFICIENTS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 ERROR = "orthonormality_error"
 PANELS = (("test_accuracy", 100, "test accuracy (%)"), (ERROR, 1, "mean orthonormality error"))

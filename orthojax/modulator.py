@@ -69,7 +69,7 @@ def modulation(
       steps: modulate during the first `steps` updates only; infinity is always.
       decay: of the running moment, in [0, 1); a plain mean until `1 / (1 - decay)` are measured.
 
-    Numbers may be traced, or set by `optax.inject_hyperparams`.
+    TracedHyperparams may be traced, or set by `optax.inject_hyperparams`.
 
     Returns:
       A transformation whose state is :class:`ModulationState`; see :func:`read` for what it knows.

@@ -15,8 +15,8 @@ from benchmarks.programs import BATCH, METHOD, SIZE, make_step, programs
 from orthojax import data
 from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
-from orthojax.cores import usable_cores
 from orthojax.errors import DatasetError
+from orthojax.parallel.cores import usable_cores
 
 STEPS = 4  # per round, so that a batch that is late shows
 PHOTOGRAPHS = 512  # decoded per round

@@ -5,12 +5,12 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from orthojax.configs import digits_plain110
+from orthojax.configs.cifar10_plain import get_config
 
-from configs import digits_plain110
-from configs.cifar10_plain import get_config
 from orthojax import data
-from orthojax.experiment import build
-from orthojax.programs import compile_programs, lower_train_step
+from orthojax.training.compiled import compile_steps, lower_train_step
+from orthojax.training.experiment import build
 
 BATCH = 128
 SIZE = 32
@@ -43,7 +43,7 @@ def experiment(variant, depth, **model):
 @functools.cache
 def programs(variant, depth, **model):
     """The same, compiled."""
-    compiled = compile_programs(experiment(variant, depth, **model))
+    compiled = compile_steps(experiment(variant, depth, **model))
     details = ", ".join(f"{key}={value}" for key, value in model.items())
     print(
         f"plain-{depth}, {variant}{details and ', ' + details}: "

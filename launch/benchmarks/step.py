@@ -11,7 +11,7 @@ from benchmarks.programs import BASELINE, BATCH, METHOD, OBSERVED, VARIANTS, mak
 from orthojax import optax_ortho
 from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
-from orthojax.observe import observe
+from orthojax.training.observe import observe
 
 UNROLLED = "unrolled"
 PYTORCH = "PyTorch"

@@ -5,7 +5,7 @@ PyTorch is no dependency of this project; it is imported by the one function tha
 
 from collections.abc import Callable
 
-from orthojax.cores import usable_cores
+from orthojax.parallel.cores import usable_cores
 
 
 def make_step(depth: int, batch: int, *, channels_last: bool) -> Callable[[], float]:

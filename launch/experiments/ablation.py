@@ -6,7 +6,7 @@ import statistics
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, save_picture, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.sweep import over_seeds, tuned
+from orthojax.training.sweep import over_seeds, tuned
 
 TITLE = "What matters: one factor at a time"
 STEPS = 150

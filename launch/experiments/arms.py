@@ -1,6 +1,6 @@
 """The configs that the experiments compare, of three data sets and one schedule each."""
 
-from configs import cifar10_plain, cifar10_resnet, digits_plain110, imagenet_resnet
+from orthojax.configs import cifar10_plain, cifar10_resnet, digits_plain110, imagenet_resnet
 
 # Learning rates to choose from, two or three to a factor of ten.
 LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)

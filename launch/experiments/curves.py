@@ -6,8 +6,8 @@ import functools
 from experiments.arms import cifar10, imagenet
 from orthojax import data
 from orthojax.errors import DatasetError
-from orthojax.metrics import read_metrics
-from orthojax.sweep import over_seeds
+from orthojax.storage.metrics import read_metrics
+from orthojax.training.sweep import over_seeds
 
 RATES = {"cpu": 0.02, "full": 0.1}  # of all arms
 # Orthonormal against L2: the paper's is 110 layers deep.

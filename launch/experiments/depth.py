@@ -5,7 +5,7 @@ import statistics
 from experiments.arms import LADDER, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.sweep import tuned
+from orthojax.training.sweep import tuned
 
 TITLE = "Depth: plain nets on the digits"
 DEPTHS = (20, 44, 110, 302, 1004)

@@ -5,7 +5,7 @@ import statistics
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.sweep import tuned
+from orthojax.training.sweep import tuned
 
 TITLE = "Plain nets and their residual twins"
 DEPTHS = (44, 110)

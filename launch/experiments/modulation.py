@@ -2,11 +2,12 @@
 
 import statistics
 
-from configs import digits_plain110
+from orthojax.configs import digits_plain110
+
 from experiments.arms import LADDER, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.sweep import over_seeds, tuned
+from orthojax.training.sweep import over_seeds, tuned
 
 TITLE = "Modulation from the paper's start, on the digits"
 STEPS = {20: 600, 44: 600, 62: 600, 110: 3_000, 302: 3_000}

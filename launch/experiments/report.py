@@ -5,8 +5,8 @@ import statistics
 
 from environment import environment
 from orthojax.analysis.picture import write_picture
-from orthojax.storage import write_atomic
-from orthojax.sweep import RECORD
+from orthojax.storage.paths import write_atomic
+from orthojax.training.sweep import RECORD
 
 
 def accuracy(records):

@@ -7,7 +7,7 @@ method has its own. Two rows more: modulation throughout, and near-isometric ini
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.sweep import over_seeds, tuned
+from orthojax.training.sweep import over_seeds, tuned
 
 TITLE = "Table 2: one-order methods at 44 and 110 layers"
 DEPTHS = (44, 110)

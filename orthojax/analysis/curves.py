@@ -17,8 +17,8 @@ def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> N
     """Draws loss and accuracy against training steps, two panels, as a PNG.
 
     Args:
-      records: from `orthojax.metrics.read_metrics`; of the kinds `train` and `test`, the keys
-        `loss` and `accuracy` (a fraction of one) are drawn where present and finite.
+      records: from `orthojax.storage.metrics.read_metrics`; of the kinds `train` and `test`, the
+        keys `loss` and `accuracy` (a fraction of one) are drawn where present and finite.
       path: the picture to write.
       title: stands above both panels.
 

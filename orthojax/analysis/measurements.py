@@ -13,7 +13,7 @@ from typing import Any
 
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture, write_picture
 from orthojax.errors import UserError
-from orthojax.storage import write_atomic
+from orthojax.storage.paths import write_atomic
 
 # How much worse than a baseline the better quartile has to be than its worse one, relatively.
 TOLERANCE = 0.05

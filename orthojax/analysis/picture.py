@@ -7,7 +7,7 @@ import pathlib
 import sys
 from typing import Any
 
-from orthojax.storage import write_atomic
+from orthojax.storage.paths import write_atomic
 
 # That the color-blind can tell apart (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

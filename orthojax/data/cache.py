@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from orthojax.progress import tell
+from orthojax.console import tell
 
 Arrays = dict[str, np.ndarray]
 

@@ -7,10 +7,10 @@ import tempfile
 
 import tensorflow_datasets as tfds
 
-from orthojax.cores import usable_cores
 from orthojax.data import prepare, source
 from orthojax.data.records import Undecodable
 from orthojax.errors import DatasetError
+from orthojax.parallel.cores import usable_cores
 
 PACKAGES = ("grain", "simplejpeg", "cv2")  # of the extra `imagenet`
 

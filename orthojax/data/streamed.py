@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from orthojax.cores import usable_cores
 from orthojax.data import source
 from orthojax.data.augmentation import augment_photographs, standardize_rgb
 from orthojax.data.dataset import BLACK_IMAGES, black_split
@@ -15,6 +14,7 @@ from orthojax.data.pipeline import Split, TrainIterator, eval_batches
 from orthojax.data.protocols import Batch, TrainBatches
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
+from orthojax.parallel.cores import usable_cores
 
 PACKAGES = ("grain", "simplejpeg", "cv2")  # of the extra `imagenet`
 

@@ -71,7 +71,7 @@ def optax_ortho(
     Returns:
       An `optax.GradientTransformation`. Its state is `OrthoState` if the coefficient is a schedule,
       `EmptyState` otherwise. Updates keep their dtype; Gram products are computed in float32, in
-      float64 for float64 parameters. `None` leaves and `MaskedNode`s are passed over.
+      float64 for float64 parameters. Leaves that are `None` or `optax.MaskedNode` are passed over.
 
     Raises:
       ValueError: `update` without `params` (optax's message).

@@ -1,0 +1,1 @@
+"""Programs: `python -m orthojax.launch.train` and its siblings."""

@@ -1,0 +1,159 @@
+"""What all programs have in common: signals, the compilation cache, help and exit statuses."""
+
+import ast
+import os
+import pathlib
+import signal
+import sys
+import threading
+
+import jax
+from absl import app, flags, logging
+
+from orthojax.console import tell
+from orthojax.errors import UserError
+from orthojax.launch.config_flag import shipped_configs, without_overrides
+from orthojax.parallel.rendezvous import ProcessesMissing
+
+_HELP = {"-h", "-help", "--help", "--helpshort"}
+
+flags.disclaim_key_flags()  # what is defined here is listed by --help as the program's
+
+
+def run(define_flags, main):
+    """Parses the command line and exits with what `main()` returns, or with what went wrong.
+
+    0 is done; 2 bad input, which starting again will not mend; 128 + n stopped by signal n with
+    everything saved, and the same command goes on; 1 anything else.
+    """
+    leave_on_signals()
+    keep_compiled_programs()
+    try:
+        app.run(lambda argv: _main(main), flags_parser=lambda argv: _parse(argv, define_flags))
+    finally:
+        _finish_output()
+
+
+def leave_on_signals():
+    """Makes Ctrl-C and SIGTERM end the program at once, and in one line.
+
+    For the times when there is nothing to save: imports and compilation. They spend minutes in
+    native code, where Python runs no handler; so a thread is told of the signal. While
+    `orthojax.training.interrupt.stop_on_signals` has handlers of its own, this does nothing.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def leave(number, frame):
+        """Does nothing: the thread leaves."""
+
+    def watch():
+        while True:
+            number = os.read(read, 1)[0]
+            if signal.getsignal(number) is leave:
+                tell(f"\n{signal.Signals(number).name}: stopped at once; what was saved stays")
+                os._exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    if hasattr(os, "register_at_fork"):  # the signals of a forked child are not the parent's
+        os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def keep_compiled_programs():
+    """Has JAX keep what it compiles for the next start, unless the environment says where."""
+    directory = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_directory())
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def cache_directory() -> str:
+    """Where compiled programs are kept: `orthojax/xla` in the user's cache."""
+    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    if not os.path.isabs(cache):  # which its specification has ignored
+        cache = os.path.expanduser("~/.cache")
+    return os.path.join(cache, "orthojax", "xla")
+
+
+def program_name() -> str:
+    """How this program was started: `python launch/train.py`, `python -m orthojax.launch.train`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is not None:
+        return f"python -m {spec.name}"
+    path = pathlib.Path(sys.argv[0])
+    return f"python {path.parent.name}/{path.name}"
+
+
+def _parse(argv, define_flags):
+    define_flags()
+    if _HELP & set(argv[1:]):
+        tell(_help(define_flags.__module__), sys.stdout)
+        sys.exit(0)
+    try:
+        words = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        try:
+            remaining = flags.FLAGS(without_overrides(words))
+        except SystemExit:  # of absl's --helpfull, which calls that a failure
+            sys.exit(0)
+        if len(remaining) > 1:
+            raise flags.Error(f"unexpected arguments: {' '.join(remaining[1:])}; see --help")
+        return remaining
+    except flags.Error as error:
+        tell(f"error: {error}")
+        sys.exit(2)
+
+
+def _help(module):
+    """The program's docstring, its flags, the configs with their arguments."""
+    documentation = (sys.modules[module].__doc__ or "").strip()
+    lines = [documentation, "", flags.FLAGS.module_help(module).strip(), ""]
+    lines += ["configs, each with its arguments (defaults in parentheses):"]
+    for name, file in shipped_configs().items():
+        tree = ast.parse(file.read_text())
+        lines += ["", f"  {name}: {(ast.get_docstring(tree) or '').splitlines()[0]}"]
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "get_config":
+                text = ast.get_docstring(node) or ""
+                lines += [f"    {line}" for line in text.splitlines()]
+    lines += [
+        "",
+        "example:",
+        f"  {program_name()} --config=cifar10_plain:depth=110,method=isometric "
+        "--config.optimizer.learning_rate=0.01",
+    ]
+    return "\n".join(lines)
+
+
+def _main(main):
+    logging.set_verbosity(logging.WARNING)
+    return exit_status(main)
+
+
+def exit_status(main):
+    """What `main()` returns, or what went wrong, told in a line; see `run` for the numbers."""
+    # Late, so that --help and a mistyped flag answer at once.
+    from orthojax.training.interrupt import Interrupted
+
+    try:
+        return main() or 0
+    except UserError as error:
+        tell(f"error: {error}")
+        return 2
+    except Interrupted as stop:
+        tell(stop)
+        return 128 + stop.signal_number
+    except ProcessesMissing as missing:
+        tell(f"error: {missing}")
+        return 1
+
+
+def _finish_output():
+    """Writes out what is left; what cannot be written is no reason for another exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            # Python would try once more at its end, and fail with 120.
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

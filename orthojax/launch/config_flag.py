@@ -1,0 +1,167 @@
+"""The flag `--config`: the file that it names, its arguments after a colon, and its overrides."""
+
+import difflib
+import importlib.machinery
+import importlib.util
+import inspect
+import pathlib
+import re
+
+from absl import flags
+
+from orthojax.console import tell
+from orthojax.errors import ConfigError, UserError
+from orthojax.launch.overrides import Override, apply
+from orthojax.storage.paths import local_path
+
+_overrides: dict[str, list[str]] = {}  # by the name of the flag: words of the command line
+
+flags.disclaim_key_flags()  # what is defined here is listed by --help as the program's
+
+
+def define_config(default="digits_plain110", name="config"):
+    """Defines `--config`, and overrides `--config.KEY=VALUE`; `load_config` reads them."""
+    _overrides[name] = []
+    flags.DEFINE_string(
+        name,
+        default,
+        "Config, by name or file, with its arguments after a colon: "
+        f"cifar10_plain:depth=44,method=ortho. Any key of it: --{name}.KEY=VALUE.",
+    )
+
+
+def load_config(name="config"):
+    """The ConfigDict that a flag names, with its overrides; None where it names none.
+
+    Raises:
+      ConfigError: there is no such file, it is no config, or an override is wrong.
+    """
+    text = flags.FLAGS[name].value
+    if text is None:
+        if _overrides[name]:
+            raise ConfigError(f"{_overrides[name][0]}: there is no --{name}=FILE.py to override")
+        return None
+    config = _read_config(text)
+    overrides = []
+    for words in _overrides[name]:
+        key, _, value = words.lstrip("-").partition(".")[2].partition("=")
+        overrides.append(Override(key, value, words))
+    for note in apply(config, overrides):
+        tell(note)
+    return config
+
+
+def config_name(name="config") -> str:
+    """The config's name with its arguments, fit for a path: `cifar10_plain-depth=110`."""
+    path, _, arguments = flags.FLAGS[name].value.partition(":")
+    words = [pathlib.Path(path).stem, *arguments.split(",")]
+    return "-".join(re.sub(r"[^\w=.+-]+", "_", word.strip()) for word in words if word.strip())
+
+
+def override_words(name="config") -> list[str]:
+    """What the command line overrides, as it was written: `model.width=8`."""
+    return [words.partition(".")[2] for words in _overrides[name]]
+
+
+def _read_config(text):
+    from ml_collections import ConfigDict
+
+    path, colon, arguments = text.partition(":")
+    file = _find_config(path)
+    try:
+        loader = importlib.machinery.SourceFileLoader("config_file", str(file))
+        module = importlib.util.module_from_spec(
+            importlib.util.spec_from_loader("config_file", loader)
+        )
+        loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file of Python can raise
+        raise ConfigError(f"{file} cannot be read: {_of_user_code(error, file)}") from error
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"{file} defines no function get_config, which returns the config")
+    try:
+        inspect.signature(get_config).bind(*([arguments] if colon else []))
+    except TypeError:
+        raise ConfigError(f"--config={text}: {file} takes no arguments after a colon") from None
+    try:
+        config = get_config(*([arguments] if colon else []))
+    except UserError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config={text}: {_of_user_code(error, file)}") from error
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(
+            f"{file}: get_config returns a {kind}; it must be an ml_collections.ConfigDict"
+        )
+    return config
+
+
+def shipped_configs() -> dict[str, pathlib.Path]:
+    """The files of `configs/`, by name; an installed package carries them along."""
+    spec = importlib.util.find_spec("orthojax.configs")
+    if spec is None:
+        raise ConfigError(
+            "the package orthojax.configs is not installed; in the checkout: pip install -e ."
+        )
+    [directory] = spec.submodule_search_locations
+    files = sorted(pathlib.Path(directory).glob("[!_]*.py"))
+    return {file.stem: file for file in files}
+
+
+def _find_config(path):
+    """A config file in the current directory, or else one that is shipped, by its name."""
+    given = local_path(path)
+    if given.is_file():
+        return given.absolute()
+    shipped = shipped_configs()
+    # `configs/cifar10_plain.py` too, from anywhere; but not somebody's own directory.
+    if given.stem in shipped and str(given.parent) in (".", "configs"):
+        return shipped[given.stem]
+    [nearest] = difflib.get_close_matches(given.stem, shipped, n=1, cutoff=0.5) or [None]
+    hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(shipped)}."
+    raise ConfigError(
+        f"there is no config {path!r}; {hint} It is no file ({given.absolute()}) and none that "
+        "comes with orthojax"
+    )
+
+
+def _of_user_code(error, file):
+    """What an exception of a config file says, and in which line."""
+    line = getattr(error, "lineno", None)
+    traceback = error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == str(file):
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    where = f"line {line}: " if line else ""
+    return f"{where}{type(error).__name__}: {error}"
+
+
+def without_overrides(argv):
+    """Takes the words `--config.KEY=VALUE` out of a command line and keeps them in `_overrides`.
+
+    Also `--config.KEY VALUE`, and `--config.KEY` and `--noconfig.KEY` for true and false.
+    """
+    kept = []
+    words = iter(range(len(argv)))
+    for index in words:
+        word = argv[index]
+        if word == "--":
+            return [*kept, *argv[index:]]
+        found = re.fullmatch(r"--?(no)?(\w+)\.([^=]*)(=.*)?", word, re.DOTALL)
+        if not found or found[2] not in _overrides:
+            kept.append(word)
+            continue
+        negated, name, key, value = found.groups()
+        if value is None and not negated and argv[index + 1 : index + 2]:
+            following = argv[index + 1]
+            if not following.startswith("--"):
+                value = f"={following}"
+                next(words)
+        if value is None:
+            value = "=false" if negated else "=true"
+        _overrides[name].append(f"--{name}.{key}{value}")
+    return kept

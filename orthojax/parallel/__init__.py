@@ -1,0 +1,1 @@
+"""Devices and processes: the mesh, who takes part, and what they share."""

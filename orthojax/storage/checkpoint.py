@@ -1,0 +1,309 @@
+"""Checkpoints that are finished or absent, and a restore that survives a damaged one."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
+
+from orthojax.errors import WorkdirError
+from orthojax.storage.checksums import find_damage, write_checksums
+from orthojax.storage.paths import is_remote, set_aside, to_path
+
+
+class _WithoutOrbaxChatter(logging.Filter):
+    """Drops what orbax tells at levels below WARNING, and nothing of anybody else's.
+
+    Of the warnings, one: that a checkpoint without a test accuracy has none. Of the errors, those
+    of threads that save, with a traceback each: `Checkpointer` raises them.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if f"{os.sep}orbax{os.sep}" not in record.pathname:
+            return True
+        without_metrics = "did not provide metrics" in str(record.msg)
+        return record.levelno >= logging.WARNING and not (without_metrics or record.exc_info)
+
+
+logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
+
+
+_METRIC = "test_accuracy"
+
+
+def _test_accuracy(metrics: dict[str, float]) -> float:
+    return metrics[_METRIC]
+
+
+class Restored(NamedTuple):
+    """What `Checkpointer.restore_latest` found."""
+
+    step: int
+    state: Any
+    data_state: dict
+
+
+class Checkpointer:
+    """Saves and restores the training state of one run: the newest `keep` of them, and the best.
+
+    A save is renamed into place once everything is in it, so a process killed at any moment
+    leaves the earlier checkpoints as they were. A restore verifies checksums first. (An object
+    store has neither renames nor broken files: there orbax marks a checkpoint as finished, and the
+    store's own checksums have to do.)
+
+    Args:
+      directory: holds one subdirectory for each step; created when missing; may be `gs://…`.
+      keep: how many of the newest checkpoints stay. Of those saved with a test accuracy the best
+        stays too (the newest of equals).
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> state = {"kernel": jnp.eye(2)}
+      >>> with Checkpointer(tempfile.mkdtemp()) as checkpointer:
+      ...     checkpointer.save(10, state, {"epoch": 1}, wait=True)
+      ...     abstract = jax.tree.map(
+      ...         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+      ...     )
+      ...     restored = checkpointer.restore_latest(abstract)
+      >>> restored.step, restored.data_state
+      (10, {'epoch': 1})
+    """
+
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+        # Absolute without following links, as orbax demands.
+        self._remote = is_remote(directory)
+        path = to_path(directory)
+        self._directory = path if self._remote else path.absolute()
+        self._saving_step: int | None = None
+        if not self._remote:
+            self._set_aside_unlistable()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=_test_accuracy,
+                            n=1,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                best_fn=_test_accuracy,  # without it orbax keeps no metrics
+                cleanup_tmp_directories=True,  # what a killed process left
+                # Despite its name it runs before the rename: the checksums cannot be missing
+                # from a finished checkpoint.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_checksums),
+            ),
+        )
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        data_state: dict,
+        *,
+        test_accuracy: float | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Saves in the background; a step that is already there is left as it is.
+
+        The values are those at the time of the call: the caller may donate `state` right after.
+        What a save in the background failed with is raised by the next call of `save` or `wait`:
+        an `OSError` where the disk is full.
+
+        Args:
+          step: number of finished training steps.
+          state: pytree of jax arrays.
+          data_state: position of the data, of JSON's types.
+          test_accuracy: of this state, where it has been evaluated.
+          wait: return only once the checkpoint is finished.
+        """
+        if step not in self._manager.all_steps():
+            self.wait()
+            self._saving_step = step
+            position = {"data_state": data_state, "layout": _layout(state)}
+            with _full_disk_named(self._directory):
+                self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+                    ),
+                    metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
+                    force=True,
+                )
+        if wait:
+            self.wait()
+
+    def restore_latest(self, abstract_state: Any) -> Restored | None:
+        """Restores the newest readable checkpoint, or returns None where there is none at all.
+
+        Unreadable checkpoints newer than that are warned about and renamed to `<step>.corrupt`.
+
+        Args:
+          abstract_state: pytree of `jax.ShapeDtypeStruct` with shardings, as the state's.
+
+        Raises:
+          WorkdirError: the checkpoint is of another model, or there are only unreadable ones.
+        """
+        self.wait()
+        unreadable: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            if not self._remote and (reason := find_damage(self._directory / str(step))):
+                unreadable[step] = reason
+                continue
+            restored = self._restore(step, abstract_state)
+            for bad_step, reason in unreadable.items():
+                self._set_aside(bad_step, reason, step)
+            return restored
+        if unreadable:
+            raise _unreadable(self._directory, unreadable)
+        return None
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and test accuracy of the best checkpoint saved with one, or None."""
+        accuracies = {
+            step: _test_accuracy(metrics)
+            for step in self._manager.all_steps()
+            if (metrics := self._manager.metrics(step)) is not None
+        }
+        best = max(accuracies, key=lambda step: (accuracies[step], step), default=None)
+        return None if best is None else (best, accuracies[best])
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Returns once a save in the background is finished."""
+        with _full_disk_named(self._directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Finishes a save in the background and frees the threads."""
+        with _full_disk_named(self._directory):
+            self._manager.close()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _write_checksums(self) -> None:
+        if jax.process_index() == 0 and not self._remote:
+            # A save that failed earlier may have left a directory of the same step.
+            unfinished = self._directory.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+            newest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)
+            write_checksums(newest, [path.name for path in newest.iterdir() if path.is_dir()])
+
+    def _set_aside_unlistable(self) -> None:
+        """Finds damage in what orbax reads of every checkpoint at its start, and fails at."""
+        if jax.process_index() == 0:
+            steps = saved_steps(self._directory)
+            damage = {step: _listing_damage(self._directory / str(step)) for step in steps}
+            damaged = {step: reason for step, reason in damage.items() if reason}
+            whole = [s for s in reversed(steps) if s not in damaged]
+            if damaged and not whole:
+                raise _unreadable(self._directory, damaged)
+            for step, reason in damaged.items():
+                self._warn_and_set_aside(step, reason, whole[0])
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("metrics of checkpoints looked at")
+
+    def _restore(self, step: int, abstract_state: Any) -> Restored:
+        position = self._manager.restore(
+            step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
+        ).position
+        _check_layout(self._directory / str(step), position["layout"], _layout(abstract_state))
+        state = self._manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
+        ).state
+        return Restored(step, state, position["data_state"])
+
+    def _set_aside(self, step: int, reason: str, restored_step: int) -> None:
+        if jax.process_index() == 0:
+            self._warn_and_set_aside(step, reason, restored_step)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"set aside {step}")
+        self._manager.reload()
+
+    def _warn_and_set_aside(self, step: int, reason: str, restored_step: int) -> None:
+        aside = set_aside(self._directory / str(step))
+        warnings.warn(
+            f"the checkpoint of step {step} is unreadable ({reason}); it is kept as {aside}, "
+            f"and training goes on from step {restored_step}",
+            stacklevel=4,
+        )
+
+
+@contextlib.contextmanager
+def _full_disk_named(directory: Any) -> Iterator[None]:
+    """TensorStore says RESOURCE_EXHAUSTED, in a ValueError, where a disk is full."""
+    try:
+        yield
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(directory)) from error
+
+
+def saved_steps(directory: Any) -> list[int]:
+    """The steps of which there are checkpoints in a directory, in ascending order."""
+    names = [path.name for path in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _listing_damage(checkpoint: pathlib.Path) -> str | None:
+    metadata, metrics = checkpoint / "_CHECKPOINT_METADATA", checkpoint / "metrics" / "metrics"
+    with contextlib.suppress(OSError, ValueError):  # which orbax does without
+        if not isinstance(json.loads(metadata.read_bytes()), dict):
+            return f"{metadata.name} is damaged"
+    if not metrics.parent.exists():  # saved without a test accuracy
+        return None
+    try:
+        float(_test_accuracy(json.loads(metrics.read_bytes())))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"metrics/metrics is damaged: {error}"
+    return None
+
+
+def _unreadable(directory: Any, reasons: dict[int, str]) -> WorkdirError:
+    lines = "".join(f"\n  step {step}: {why}" for step, why in reasons.items())
+    return WorkdirError(
+        f"no checkpoint in {directory} can be read:{lines}\n"
+        "Move that directory away to train from the beginning."
+    )
+
+
+def _layout(state: Any) -> dict[str, str]:
+    """Describes a state as {path of a leaf: dtype and shape}."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _check_layout(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
+    lines = [
+        f"{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} here"
+        for leaf in saved | wanted
+        if saved.get(leaf) != wanted.get(leaf)
+    ]
+    if lines:
+        shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
+        raise WorkdirError(
+            f"{path} is a checkpoint of another model:\n  "
+            + "\n  ".join(shown)
+            + "\nChoose another --workdir, or run with the config and code that wrote it."
+        )

@@ -1,0 +1,273 @@
+"""A working directory belongs to one config, and to one training process at a time."""
+
+import contextlib
+import datetime
+import errno
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from orthojax.config.sections import differences, to_json
+from orthojax.console import tell
+from orthojax.errors import WorkdirBusyError, WorkdirError
+from orthojax.storage.paths import is_remote, set_aside, to_path, write_atomic
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+_PACKAGES = (
+    *("orthojax", "jax", "jaxlib", "flax", "optax"),
+    *("orbax-checkpoint", "tensorflow-datasets", "numpy"),
+)
+CONFIG = "config.json"
+# Beginnings of the keys that no result depends on: where the run takes place, what it reads and how
+# fast, and what is written meanwhile.
+_WITHOUT_EFFECT = (
+    *("mesh.", "dataset.data_dir:", "dataset.cache_dir:", "dataset.workers:", "dataset.threads:"),
+    *("log_every:", "eval_every:", "checkpoint_every:", "observe_every:", "keep_checkpoints:"),
+    "tensorboard:",
+)
+# What a process killed inside `claim` may leave behind before config.json exists.
+_BEGINNINGS = {"lock", ".config.json.tmp"}
+# What Lustre without flock, NFS without a lock daemon, and others answer.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_held_locks: dict[tuple[int, int], int] = {}
+
+
+def claim(workdir: str | os.PathLike, config: Mapping) -> None:
+    """Makes `workdir` this run's own until the process ends, or says why it cannot be.
+
+    A new or empty directory receives `config.json` (the resolved config) and `environment.json`
+    (a list with one entry for each start of the run: versions, devices, seed, command line).
+    Where `config.json` holds an equal config the run is being resumed. What the results do not
+    depend on may differ (the section `mesh`, where and by how many workers the data is read, how
+    often something is recorded or saved), and so may `steps`: then the run goes on, and is longer.
+    The directory is locked as long as the process lives; the operating system frees the lock even
+    after `kill -9`. (In an object store there are no locks: there, starting one run at a time is
+    the user's part. So it is on a file system without `flock`, which is reported on stderr.)
+    Of several JAX processes the first one alone may call this.
+
+    Args:
+      workdir: a path on a local or shared file system, or `gs://…`.
+      config: the resolved config, a Mapping or an ml_collections ConfigDict.
+
+    Raises:
+      WorkdirError: the path is a file or cannot be written, the directory holds the run of
+        another config, or one that is beyond `steps` already, or no run at all; a
+        `WorkdirBusyError` if another process trains there.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = pathlib.Path(tempfile.mkdtemp(), "run")
+      >>> claim(workdir, {"seed": 0, "optimizer": {"learning_rate": 0.1}})
+      >>> sorted(path.name for path in workdir.iterdir())
+      ['config.json', 'environment.json', 'lock']
+    """
+    workdir, config = to_path(workdir), to_json(config)
+    _open_directory(workdir)
+    if not is_remote(workdir):
+        _lock(workdir)
+    if (workdir / CONFIG).exists():
+        saved = _read_json(workdir / CONFIG)
+        _refuse(workdir, _changes(saved, config, (*_WITHOUT_EFFECT, "steps:")))
+        _check_length(workdir, saved, config)
+    else:
+        saved = None
+    if config != saved:
+        write_json_atomic(workdir / CONFIG, config)
+    starts = workdir / "environment.json"
+    write_json_atomic(starts, [*_earlier_starts(starts), _environment(config)])
+
+
+def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
+    """Compares the config of the run in `workdir` with another; see `claim` for what may differ.
+
+    Raises:
+      WorkdirError: they differ, or there is no run; the message names every key that does.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = pathlib.Path(tempfile.mkdtemp(), "run")
+      >>> claim(workdir, {"seed": 0, "mesh": {"data": 1}})
+      >>> check_config(workdir, {"seed": 0, "mesh": {"data": 2}})
+      >>> check_config(workdir, {"seed": 1})
+      Traceback (most recent call last):
+      ...
+      orthojax.errors.WorkdirError: ...: 0 -> 1...
+    """
+    saved = to_path(workdir) / CONFIG
+    if not saved.exists():
+        raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)")
+    _refuse(workdir, _changes(_read_json(saved), to_json(config), _WITHOUT_EFFECT))
+
+
+def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
+    """Writes sorted, indented JSON that is there as a whole or not at all.
+
+    Raises:
+      ValueError: the value holds NaN or Inf, which JSON does not have.
+
+    Example:
+      >>> import tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp(), "summary.json")
+      >>> write_json_atomic(path, {"steps": 150})
+      >>> path.read_text()
+      '{\\n  "steps": 150\\n}\\n'
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    write_atomic(path, text.encode())
+
+
+@contextlib.contextmanager
+def failures_explained(workdir: Any) -> Iterator[None]:
+    """Turns what the file system refuses below a working directory into a `WorkdirError`."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not str(error.filename or "").startswith(os.fspath(workdir)):
+            raise
+        out = "make room, and run" if full else "mend that, or choose another --workdir, and run"
+        raise WorkdirError(
+            f"{workdir} cannot be written: {error}\nWhat was saved stays; {out} the same command "
+            "again to go on from there"
+        ) from error
+
+
+def _changes(saved: Any, config: Mapping, may_differ: tuple[str, ...]) -> list[str]:
+    return [line for line in differences(saved, config) if not line.startswith(may_differ)]
+
+
+def _refuse(workdir: Any, changes: list[str]) -> None:
+    if changes:
+        raise WorkdirError(
+            f"{workdir} holds a run of another config (there -> here):\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another --workdir, or run with the config that is there."
+        )
+
+
+def _check_length(workdir: Any, saved: Mapping, config: Mapping) -> None:
+    before, after = saved.get("steps"), config.get("steps")
+    if before == after:
+        return
+    names = [p.name for p in (workdir / "checkpoints").glob("*")]
+    trained = max((int(name) for name in names if name.isdigit()), default=0)
+    if after < trained:
+        raise WorkdirError(
+            f"{workdir} holds a run of step {trained}, and steps={after} is less; take more, or "
+            "choose another --workdir"
+        )
+    tell(
+        f"{workdir}: steps={before} before, {after} now; a schedule that depends on the length of "
+        "the run is from here on that of the new length"
+    )
+
+
+def _earlier_starts(path: Any) -> list[Any]:
+    if not path.exists():
+        return []
+    with contextlib.suppress(ValueError):
+        starts = json.loads(path.read_bytes())
+        if isinstance(starts, list):
+            return starts
+    tell(f"{path} is damaged; it is kept as {set_aside(path)}")
+    return []
+
+
+def _open_directory(workdir: Any) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        # An object store has no empty directories.
+        names = {entry.name for entry in workdir.iterdir()} if workdir.exists() else set()
+    except (FileExistsError, NotADirectoryError):
+        raise WorkdirError(
+            f"{workdir} is a file or lies below one; choose another --workdir"
+        ) from None
+    except OSError as error:
+        raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
+    if CONFIG not in names and names - _BEGINNINGS:
+        raise WorkdirError(
+            f"{workdir} is not empty and holds no run (there is no config.json in it); choose a "
+            "new or empty --workdir"
+        )
+
+
+def _lock(workdir: pathlib.Path) -> None:
+    try:
+        descriptor = os.open(workdir / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
+    status = os.fstat(descriptor)
+    identity = (status.st_dev, status.st_ino)
+    if identity in _held_locks:
+        os.close(descriptor)
+        return
+    try:
+        if fcntl is None:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise WorkdirBusyError(
+            f"another process is training in {workdir}; wait for it, or choose another --workdir"
+        ) from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        tell(
+            f"{workdir} cannot be locked ({error.strerror}): make sure that no other process "
+            "trains there"
+        )
+    _held_locks[identity] = descriptor
+
+
+def _drop_inherited_locks() -> None:
+    for descriptor in _held_locks.values():
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+# A forked data worker that outlives its killed parent must not keep the directory locked.
+if hasattr(os, "register_at_fork"):  # Windows forks no processes
+    os.register_at_fork(after_in_child=_drop_inherited_locks)
+
+
+def _read_json(path: Any) -> Any:
+    try:
+        value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            return value
+        error = "it is no section of keys and values"
+    except (OSError, ValueError) as failure:
+        error = failure
+    raise WorkdirError(f"{path} is damaged ({error}); choose another --workdir")
+
+
+def _environment(config: Mapping) -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "packages": versions,
+        "platform": platform.platform(),
+        "backend": jax.default_backend(),
+        "device_kind": jax.devices()[0].device_kind,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        "mesh": config.get("mesh"),
+        "seed": config.get("seed"),
+        "command": sys.argv,
+    }

@@ -1,0 +1,1 @@
+"""A config built into programs, and the loop that runs them."""

@@ -1,0 +1,137 @@
+"""The compiled programs of a run: one of each, made before the first step."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from orthojax.parallel.mesh import (
+    batch_sharding,
+    local_rows,
+    replicated,
+    state_shardings,
+    to_devices,
+)
+from orthojax.training.experiment import Experiment, TracedHyperparams
+from orthojax.training.state import TrainState, init_state
+from orthojax.training.step import Metrics, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledSteps:
+    """Compiled ahead of time, so that a shape that changes is an error and not a second compile.
+
+    Attributes:
+      abstract_state: shapes, dtypes and shardings of the train state.
+      hyperparams: the config's, which the next two are called with.
+      compiled_init: `seed -> state`.
+      compiled_train_step: `(state, batch, hyperparams) -> (state, metrics)`.
+      eval_step: `(state, batch) -> sums`.
+      rows: which rows of a batch this process supplies.
+      put: this process's rows of a batch to the devices.
+      compile_seconds: what compiling took.
+    """
+
+    abstract_state: TrainState
+    hyperparams: TracedHyperparams
+    compiled_init: jax.stages.Compiled
+    compiled_train_step: jax.stages.Compiled
+    eval_step: jax.stages.Compiled
+    rows: np.ndarray
+    put: Any
+    compile_seconds: float
+
+    def init(self) -> TrainState:
+        """The first state; no device and no host ever holds more of it than its share."""
+        return self.compiled_init(self.hyperparams.seed)
+
+    def train_step(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        """The next state and the metrics of the step; the state given is consumed."""
+        return self.compiled_train_step(state, batch, self.hyperparams)
+
+
+def compile_steps(experiment: Experiment) -> CompiledSteps:
+    """Compiles initialisation, training step and evaluation step for the experiment's mesh."""
+    start = time.monotonic()
+    batch_size = experiment.settings.batch_size
+    split = batch_sharding(experiment.mesh, batch_size)
+    rows = local_rows(split, batch_size)
+    state = abstract_state(experiment)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    init = jax.jit(_init(experiment), out_shardings=shardings)
+    return CompiledSteps(
+        abstract_state=state,
+        hyperparams=experiment.hyperparams,
+        compiled_init=init.lower(_abstract_hyperparams(experiment).seed).compile(),
+        compiled_train_step=lower_train_step(experiment).compile(),
+        eval_step=_lower_eval_step(experiment).compile(),
+        rows=rows,
+        put=functools.partial(to_devices, split, batch_size, rows),
+        compile_seconds=time.monotonic() - start,
+    )
+
+
+def abstract_state(experiment: Experiment) -> TrainState:
+    """Shapes, dtypes and shardings of the train state; computes nothing."""
+    shapes = jax.eval_shape(_init(experiment), experiment.hyperparams.seed)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(shapes, experiment.mesh),
+    )
+
+
+def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
+    """The training step of an experiment, traced and ready to compile for its mesh."""
+
+    def train_step(state, batch, hyperparams):
+        optimizer = experiment.optimizer(hyperparams)
+        augment = experiment.dataset.augment
+        gather = _gather(experiment)
+        step = make_train_step(experiment.net, optimizer, augment, hyperparams.seed, gather)
+        return step(state, batch)
+
+    state = abstract_state(experiment)
+    batch = _abstract_batch(experiment, image="uint8", label="int32")
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(experiment.mesh)
+    jitted = jax.jit(train_step, out_shardings=shardings, donate_argnums=0)
+    return jitted.lower(state, batch, _abstract_hyperparams(experiment))
+
+
+def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
+    step = make_eval_step(experiment.net, experiment.dataset.normalize, _gather(experiment))
+    batch = _abstract_batch(experiment, image="uint8", label="int32", mask="float32")
+    jitted = jax.jit(step, out_shardings=replicated(experiment.mesh))
+    return jitted.lower(abstract_state(experiment), batch)
+
+
+def _init(experiment: Experiment):
+    optimizer = experiment.optimizer(experiment.hyperparams)
+    shape = experiment.dataset.image_shape
+    return functools.partial(init_state, experiment.net, optimizer, shape)
+
+
+def _gather(experiment: Experiment):
+    """Left to itself, the compiler would split the convolutions instead, and move activations."""
+    whole = replicated(experiment.mesh)
+    return functools.partial(jax.lax.with_sharding_constraint, shardings=whole)
+
+
+def _abstract_hyperparams(experiment: Experiment) -> TracedHyperparams:
+    whole = replicated(experiment.mesh)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((), leaf.dtype, sharding=whole), experiment.hyperparams
+    )
+
+
+def _abstract_batch(experiment: Experiment, **dtypes: str) -> dict[str, jax.ShapeDtypeStruct]:
+    batch_size = experiment.settings.batch_size
+    sharding = batch_sharding(experiment.mesh, batch_size)
+    shapes = {"image": (batch_size, *experiment.dataset.image_shape)}
+    return {
+        name: jax.ShapeDtypeStruct(shapes.get(name, (batch_size,)), dtype, sharding=sharding)
+        for name, dtype in dtypes.items()
+    }

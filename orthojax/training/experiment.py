@@ -1,0 +1,226 @@
+"""A config, checked and built into everything that stays the same during training."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from orthojax import data
+from orthojax.config.sections import bind
+from orthojax.errors import ConfigError
+from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, ResNet
+from orthojax.modulator import modulation
+from orthojax.parallel.mesh import batch_sharding, make_mesh
+from orthojax.training.optimizers import bind_named, check_arguments, make_optimizer
+
+_NETS = (PlainNet, ResNet, ImageNetPlainNet, ImageNetResNet)
+MODELS = {net.__name__: net for net in _NETS}
+LARGEST_BIAS = 100  # of batch normalization
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of a config. Sections are bound to the function or class that they configure.
+
+    Attributes:
+      dataset: `name` and the arguments of what loads that set, `orthojax.data.dataset.load` into
+        memory or `orthojax.data.streamed.load` from disk.
+      model: `name`, a class of `orthojax.models`, and the arguments of that class.
+      modulation: None, or the arguments of `orthojax.modulation`; None is that argument's default.
+      optimizer: see `orthojax.training.optimizers.make_optimizer`.
+      schedule: see there.
+      regularizer: see there.
+      steps: number of updates.
+      batch_size: images per update, over all devices.
+      seed: of the initialisation, the order of the data and the augmentation.
+      dtype: compute dtype of the net, such as "float32" or "bfloat16".
+      log_every: steps between records and progress lines.
+      eval_every: steps between evaluations on the test split; there is always one at the end.
+      checkpoint_every: steps between checkpoints; there is always one at the end.
+      observe_every: steps between records of the layers (`orthojax.training.observe`); 0 is never.
+      keep_checkpoints: how many of the newest are kept.
+      tensorboard: write TensorBoard events too (extra `[tensorboard]`).
+      mesh: `data` and `fsdp`, see `orthojax.parallel.mesh.make_mesh`. What is computed does not
+        depend on it, so a run may go on with another one.
+    """
+
+    dataset: Mapping
+    model: Mapping
+    modulation: Mapping | None
+    optimizer: Mapping
+    schedule: Mapping
+    regularizer: Mapping
+    steps: int
+    batch_size: int
+    seed: int = 0
+    dtype: str = "float32"
+    log_every: int = 10
+    eval_every: int = 100
+    checkpoint_every: int = 100
+    observe_every: int = 0
+    keep_checkpoints: int = 3
+    tensorboard: bool = False
+    mesh: Mapping = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        for key in (
+            *("steps", "batch_size", "log_every", "eval_every", "checkpoint_every"),
+            "keep_checkpoints",
+        ):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
+        if self.observe_every < 0:
+            raise ConfigError(f"`observe_every` is {self.observe_every}; it must be at least 0")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"`seed` is {self.seed}; it must be from 0 to {2**32 - 1}")
+
+
+class TracedHyperparams(NamedTuple):
+    """What of a config the compiled programs are given, rather than have in them.
+
+    Runs that differ in these alone, such as seeds and a sweep of learning rates, are one program:
+    it is compiled once, and the compilation cache has it for the others.
+
+    Attributes:
+      seed: uint32 scalar.
+      learning_rate: float32 scalar, of the optimizer, that the schedule starts from.
+      coefficient: float32 scalar, of the regularizer; 0 where it has none.
+    """
+
+    seed: Any
+    learning_rate: Any
+    coefficient: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What a config stands for, built: everything that does not change during training.
+
+    Attributes:
+      settings: the config itself.
+      dataset: the images, in memory or streamed.
+      net: the model.
+      schedule: the learning rate as a function of the step.
+      mesh: the devices.
+    """
+
+    settings: Settings
+    dataset: data.Dataset
+    net: nn.Module
+    schedule: optax.Schedule
+    mesh: Mesh
+
+    @property
+    def hyperparams(self) -> TracedHyperparams:
+        """The config's own, as NumPy scalars."""
+        return TracedHyperparams(
+            np.uint32(self.settings.seed % 2**32),
+            np.float32(self.settings.optimizer["learning_rate"]),
+            np.float32(dict(self.settings.regularizer).get("coefficient", 0.0)),
+        )
+
+    def optimizer(self, hyperparams: TracedHyperparams) -> optax.GradientTransformation:
+        """Regularizer and optimizer, chained, with hyperparameters that may be traced."""
+        return _optimizer_and_schedule(self.settings, self.mesh, hyperparams)[0]
+
+
+def build(
+    config: Mapping,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    load: Callable[..., data.Dataset] = data.load,
+) -> Experiment:
+    """Builds what a config describes; touches no working directory.
+
+    Args:
+      config: a Mapping or ConfigDict with the keys of `Settings`.
+      devices: what the mesh is made of; None is `jax.devices()`.
+      load: what `dataset` is bound to: `orthojax.data.load`, or `orthojax.data.fake_data`, which
+        needs no records.
+
+    Raises:
+      ConfigError: a key is unknown, missing or impossible; the message names it.
+      DatasetError: the data set is unknown, not prepared, or smaller than a batch.
+    """
+    settings = bind(Settings, config, "")
+    mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
+    batch_sharding(mesh, settings.batch_size)
+    optimizer, schedule = _explained(
+        "optimizer or regularizer", lambda: _optimizer_and_schedule(settings, mesh)
+    )
+    check_arguments(optimizer, "optimizer or regularizer")
+    # Before the data: a bad depth should not wait for a data set to be decoded.
+    net = _make_net(settings)
+    if settings.batch_size % net.bn_groups:
+        raise ConfigError(
+            f"`model.bn_groups`={net.bn_groups} does not divide batch_size={settings.batch_size}"
+        )
+    dataset = bind(data.implementation(load, settings.dataset), settings.dataset, "dataset")
+    dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
+    net = net.clone(num_classes=dataset.num_classes)
+    return Experiment(settings, dataset, net, schedule, mesh)
+
+
+def _optimizer_and_schedule(
+    settings: Settings, mesh: Mesh, hyperparams: TracedHyperparams | None = None
+):
+    optimizer, regularizer = dict(settings.optimizer), dict(settings.regularizer)
+    if hyperparams is not None:
+        optimizer["learning_rate"] = hyperparams.learning_rate
+        if "coefficient" in regularizer:
+            regularizer["coefficient"] = hyperparams.coefficient
+    made, schedule = make_optimizer(
+        optimizer=optimizer,
+        schedule=settings.schedule,
+        regularizer=regularizer,
+        steps=settings.steps,
+        mesh=mesh,
+    )
+    if settings.modulation is not None:
+        given = {k: v for k, v in dict(settings.modulation).items() if v is not None}
+        made = _explained("modulation", lambda: bind(modulation, given, "modulation", inner=made))
+    return made, schedule
+
+
+def _make_net(settings: Settings) -> nn.Module:
+    supplied = {
+        "modulated": settings.modulation is not None,
+        "dtype": _dtype(settings.dtype),
+        "num_classes": 1,
+    }
+    net = _explained("model", lambda: bind_named(MODELS, settings.model, "model", **supplied))
+    if net.width < 1:
+        raise ConfigError(f"`model.width` is {net.width}; it must be at least 1")
+    if abs(net.bn_bias) > LARGEST_BIAS:
+        raise ConfigError(
+            f"`model.bn_bias` is {net.bn_bias}; beyond ±{LARGEST_BIAS} what it is added to is lost"
+        )
+    return net
+
+
+def _dtype(name: Any) -> np.dtype:
+    dtype = _explained("dtype", lambda: np.dtype(jax.numpy.dtype(name)))
+    if dtype == np.float16:
+        raise ConfigError(
+            "`dtype` is float16, whose gradients underflow without loss scaling, which there is "
+            "none of here; take bfloat16, which needs none"
+        )
+    wide = dtype == np.float64 and jax.config.jax_enable_x64
+    if not wide and dtype not in (np.float32, jax.numpy.bfloat16):
+        raise ConfigError(f"`dtype` is {dtype}; it must be float32 or bfloat16")
+    return dtype
+
+
+def _explained(path: str, make: Callable[[], Any]) -> Any:
+    """Puts the config's key before the message of a constructor that knows no configs."""
+    try:
+        return make()
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"`{path}`: {error}") from None

@@ -1,0 +1,111 @@
+"""One training step and one evaluation step, as pure functions."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from orthojax.sites import weights_only
+from orthojax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    net: nn.Module,
+    optimizer: optax.GradientTransformation,
+    augment: Callable[[jax.Array, jax.Array], jax.Array],
+    seed: int,
+    gather: Callable[[Any], Any] = lambda params: params,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]:
+    """The function of one update.
+
+    Args:
+      net: called as `net(images, train=True)`; it may have modulation sites.
+      optimizer: any optax transformation.
+      augment: `(uint8 images, key) -> float images`.
+      seed: an integer or a uint32 scalar; the key of step k is `fold_in(key(seed), k)`.
+      gather: applied to the parameters before the net sees them; for a mesh on which they are
+        split, what brings them together.
+
+    Returns:
+      `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars of the batch, before
+      the update: `loss`, `accuracy`, `grad_norm`; and after it: `param_norm`.
+    """
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        images = augment(batch["image"], key)
+
+        def loss_function(params: Any):
+            variables = {"batch_stats": state.batch_stats, "params": gather(params)}
+            logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
+            return _cross_entropy(logits, batch["label"]).mean(), (logits, updated)
+
+        grad_function = jax.value_and_grad(loss_function, has_aux=True)
+        (loss, (logits, updated)), grads = grad_function(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(_correct(logits, batch["label"])),
+            "grad_norm": optax.tree.norm(weights_only(grads)),
+            "param_norm": optax.tree.norm(weights_only(params)),
+        }
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            batch_stats=updated.get("batch_stats", {}),
+            opt_state=opt_state,
+        )
+        return new_state, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    net: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    gather: Callable[[Any], Any] = lambda params: params,
+) -> Callable[[TrainState, dict[str, jax.Array]], Metrics]:
+    """The function that evaluates one padded batch.
+
+    Args:
+      net: called as `net(images, train=False)`.
+      normalize: `uint8 images -> float images`.
+      gather: see `make_train_step`.
+
+    Returns:
+      `step(state, batch) -> sums`: float32 `loss`, `correct`, `correct_top5` and `count` over the
+      images whose `mask` is 1; dividing totals over all batches gives the exact figures of the
+      split.
+    """
+
+    def eval_step(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
+        variables = {"params": gather(state.params), "batch_stats": state.batch_stats}
+        logits = net.apply(variables, normalize(batch["image"]), train=False)
+        mask = batch["mask"]
+        return {
+            "loss": jnp.sum(_cross_entropy(logits, batch["label"]) * mask),
+            "correct": jnp.sum(_correct(logits, batch["label"]) * mask),
+            "correct_top5": jnp.sum(_among_top(5, logits, batch["label"]) * mask),
+            "count": jnp.sum(mask),
+        }
+
+    return eval_step
+
+
+def _cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _correct(logits, labels):
+    return (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+
+
+def _among_top(count, logits, labels):
+    _, best = jax.lax.top_k(logits, min(count, logits.shape[-1]))
+    return jnp.any(best == labels[:, None], axis=-1).astype(jnp.float32)

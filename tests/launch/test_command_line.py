@@ -1,0 +1,176 @@
+"""The command line of the programs that take `--config`: files, flags, help, signals."""
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from orthojax.errors import ConfigError
+from orthojax.launch import command_line, config_flag
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+TRAIN = str(ROOT / "launch" / "train.py")
+
+
+def run(*arguments, cwd=ROOT, **environment):
+    done = subprocess.run(
+        [sys.executable, TRAIN, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_lists_the_flags_the_configs_and_an_example(flag):
+    code, out, _ = run(flag)
+    assert code == 0
+    for words in ("--config:", "--workdir:", "cifar10_plain:", "method: `ortho`"):
+        assert words in out
+    assert out.strip().splitlines()[-1].strip().startswith("python launch/train.py --config=")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--wrkdir=runs"], "wrkdir.*workdir"),
+        (["runs/a"], "unexpected arguments: runs/a"),
+        (["--", "--workdir=a"], "unexpected arguments: --workdir=a"),
+        (["--timeout=soon"], "timeout=soon"),
+        (["--process_id=-1"], "process_id"),
+    ],
+)
+def test_usage_errors_exit_with_2(arguments, message):
+    code, _, err = run(*arguments)
+    assert code == 2 and err.startswith("error: ")
+    assert all(part in err for part in message.split(".*"))
+
+
+@pytest.fixture
+def flags(monkeypatch, tmp_path):
+    """Loads a config as a program in `tmp_path` would, with these words on its command line."""
+    from absl import flags as absl_flags
+
+    monkeypatch.chdir(tmp_path)
+
+    def load(*words):
+        monkeypatch.setattr(config_flag, "_overrides", {})
+        values = absl_flags.FlagValues()
+        own = types.SimpleNamespace(FLAGS=values, Error=absl_flags.Error)
+        own.DEFINE_string = functools.partial(absl_flags.DEFINE_string, flag_values=values)
+        monkeypatch.setattr(config_flag, "flags", own)
+        config_flag.define_config()
+        values(config_flag.without_overrides(["train.py", *words]))
+        return config_flag.load_config()
+
+    return load
+
+
+def test_overrides_in_every_way_of_writing(flags):
+    words = [
+        "--config.seed",
+        "3",
+        "-config.steps=40",
+        "--config.tensorboard",
+        "--noconfig.dataset.flip",
+    ]
+    config = flags(*words, "--config=configs/digits_plain110.py:depth=8")
+    found = config.seed, config.steps, config.tensorboard, config.dataset.flip, config.model.depth
+    assert found == (3, 40, True, False, 8)
+
+
+def test_a_config_is_found_by_name_and_in_the_home(flags, tmp_path, monkeypatch):
+    assert flags("--config=configs/cifar10_plain.py:depth=56").model.depth == 56
+    assert flags("--config=cifar10_plain:depth=20").model.depth == 20
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text(
+        "from orthojax.configs import digits_plain110\nget_config = digits_plain110.get_config\n"
+    )
+    assert flags("--config=~/mine.py:depth=14").model.depth == 14
+    assert flags("--config=mine.py").model.depth == 110
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("def get_config(): 1 +", "cannot be read: line 1: SyntaxError"),
+        ("import no_such_module", "cannot be read: line 1: ModuleNotFoundError: No module named"),
+        ("x = 1", "defines no function get_config"),
+        ("def get_config():\n    return nothing", "line 2: NameError: name 'nothing'"),
+        ("def get_config():\n    return {'steps': 3}", "returns a dict; it must be an ml_coll"),
+    ],
+)
+def test_a_config_file_that_is_none(flags, tmp_path, content, message):
+    (tmp_path / "mine.py").write_text(content)
+    with pytest.raises(ConfigError) as error:
+        flags("--config=mine.py")
+    assert message in str(error.value) and "mine.py" in str(error.value)
+
+
+def test_a_mistyped_config_says_where_it_was_looked_for(flags, tmp_path):
+    with pytest.raises(ConfigError) as error:
+        flags("--config=configs/cifar10_plan.py:depth=44")
+    for words in ("did you mean cifar10_plain?", f"{tmp_path}/configs"):
+        assert words in str(error.value)
+    with pytest.raises(ConfigError, match="mine.py takes no arguments after a colon"):
+        (tmp_path / "mine.py").write_text("def get_config(): pass")
+        flags("--config=mine.py:depth=44")
+
+
+def test_names_of_runs_are_fit_for_paths(flags):
+    flags("--config=configs/cifar10_plain.py:depth=44, method=l2")
+    assert config_flag.config_name() == "cifar10_plain-depth=44-method=l2"
+
+
+@pytest.mark.parametrize("cache", ["", "relative", "~/c", None])
+def test_the_compilation_cache_is_never_in_the_current_directory(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if cache is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    place = tmp_path / ("c" if cache == "~/c" else ".cache") / "orthojax" / "xla"
+    assert command_line.cache_directory() == str(place)
+
+
+def test_no_path_of_a_tilde_is_taken_literally(tmp_path):
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir(), here.mkdir()
+    options = ["--config=configs/digits_plain110.py:depth=8,steps=1", "--config.model.width=4"]
+    options += ["--workdir=~/run", "--config.dataset.data_dir=~/data"]
+    code, _, err = run(*options, "--config.dataset.cache_dir=~/cache", cwd=here, HOME=str(home))
+    assert code == 0, err
+    assert {"run", "data", "cache"} <= {path.name for path in home.iterdir()}
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_compiling_ends_at_once_in_a_line(tmp_path, number):
+    options = ["--config=configs/digits_plain110.py:depth=56", f"--workdir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *options, "--config.model.scan=False"],  # compiles for minutes
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while "compiling" not in (line := process.stderr.readline()):
+        assert line, "it ended before compiling"
+    time.sleep(3)
+    sent = time.monotonic()
+    process.send_signal(number)
+    rest = process.stderr.read()
+    assert process.wait() == 128 + number
+    assert time.monotonic() - sent < 5
+    assert rest.split() and len(rest.strip().splitlines()) == 1
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 0

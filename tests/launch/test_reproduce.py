@@ -1,0 +1,232 @@
+"""The experiments: their configs, their reports, and those that train nothing, run."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthojax import data
+from orthojax.analysis.growth import log_growth
+from orthojax.models import PlainNet, in_order
+from orthojax.sites import SITE
+from orthojax.storage.metrics import MetricWriter
+from orthojax.training.experiment import build
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "launch"))
+
+from experiments import (  # noqa: E402
+    ablation,
+    appendix,
+    curves,
+    depth,
+    figure2,
+    figure3,
+    figure4,
+    figure5,
+    figure6,
+    gap,
+    table2,
+)
+from reproduce import Options  # noqa: E402
+
+PRESETS = ("cpu", "full")
+
+
+@pytest.fixture
+def options(tmp_path):
+    return Options("cpu", (0, 1), None, tmp_path / "runs" / "experiment_cpu")
+
+
+def first_runs(jobs):
+    return {name: next(job) for name, job in jobs.items()}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("experiment", [table2, figure5, gap, ablation, depth])
+def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
+    options = dataclasses.replace(options, preset=preset)
+    jobs = experiment.jobs(options)
+    workdirs = {}
+    for name, run in first_runs(jobs).items():
+        build(run.config, load=data.fake_data)
+        # One directory, one config.
+        assert workdirs.setdefault(run.workdir, run.config.to_json()) == run.config.to_json(), name
+    assert len(jobs) > 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_nets_of_the_figures_can_be_built_those_on_imagenet_too(preset, options):
+    options = dataclasses.replace(options, preset=preset)
+    shapes = set()
+    for name in curves.TITLES:
+        config = curves.config(options, name)
+        build(config, load=data.fake_data)
+        shapes.add((config.dataset.name, config.model.depth))
+    assert shapes >= {("cifar10", 44), ("imagenet2012", 34), ("imagenet2012", 101)}
+
+
+@pytest.fixture(params=["imagenet", "without imagenet"])
+def reason(request, monkeypatch):
+    """What the figures are told of ImageNet."""
+    told = "not prepared in DIR" if request.param.startswith("without") else None
+    monkeypatch.setattr(curves, "without_imagenet", lambda options: told)
+    return told
+
+
+def test_the_panel_of_imagenet_is_left_out_where_that_is_not_prepared(reason, options):
+    for experiment in (figure5, figure6):
+        arms = {name.split("_")[0] for name in experiment.jobs(options)}
+        assert ("imagenet34" in arms) == (reason is None)
+
+
+def test_missing_photographs_are_named(options):
+    options = dataclasses.replace(options, data_dir=str(options.workdir))
+    assert "imagenet2012" in curves.without_imagenet(options)
+
+
+def test_filters_are_drawn_for_each_data_set(reason, options, monkeypatch):
+    for name in curves.TITLES:
+        directory = curves.shared(options).workdir / name / "seed0"
+        directory.mkdir(parents=True)
+        (directory / "record.json").write_text(json.dumps(record()))
+    kernel = np.random.default_rng(0).normal(size=(7, 7, 3, 16))
+    monkeypatch.setattr(figure6, "first_kernel", lambda workdir: kernel)
+    figure6.report(options, dict.fromkeys(figure6.jobs(options), [record()]))
+    text = (options.workdir / "report.md").read_text()
+    assert (reason or "ResNet-34, orthonormal") in text
+    drawn = {path.name for path in options.workdir.glob("figure6_*.png")}
+    assert drawn == {"figure6_cifar10.png"} | ({"figure6_imagenet.png"} if not reason else set())
+
+
+def record(seed=0, accuracy=0.5, diverged=None):
+    loss = math.inf if diverged else 0.1
+    return {
+        "seed": seed,
+        "learning_rate": 0.01,
+        "steps": 300,
+        "test_accuracy": 0.0 if diverged else accuracy,
+        "train_loss": loss,
+        "seconds": None if diverged else 5.0,
+        "diverged": diverged,
+    }
+
+
+@pytest.mark.parametrize("experiment", [table2, gap, ablation, depth])
+def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options):
+    names = list(experiment.jobs(options))
+    results = {name: [record(0, 0.5), record(1, 0.54)] for name in names}
+    results[names[1]] = [record(0, diverged="at step 3"), record(1, diverged="at step 4")]
+    searched = options.workdir / "arm" / "search"
+    searched.mkdir(parents=True)
+    (searched / "record.json").write_text(json.dumps(record()))
+    experiment.report(options, results)
+    text = (options.workdir / "report.md").read_text()
+    assert text.count("52.00 ± 2.83") >= len(names) - 1 and "diverged" in text
+    for picture in (line for line in text.splitlines() if line.startswith("![")):
+        path = options.workdir / picture.partition("(")[2].rstrip(")")
+        assert path.read_bytes().startswith(b"\x89PNG") and path.with_suffix(".svg").exists()
+    lines = (options.workdir / "records.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"run": "arm/search", **record()}]
+
+
+@pytest.mark.parametrize("experiment", [figure2, figure3, figure4, figure5])
+def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options, reason):
+    place = curves.shared(options)
+    for name in curves.TITLES:
+        for seed in options.seeds:
+            workdir = place.workdir / name / f"seed{seed}"
+            workdir.mkdir(parents=True)
+            with MetricWriter(workdir) as writer:
+                for step in range(5, 605, 5):
+                    moments = [2.0 ** (layer - 42) for layer in range(43)]
+                    kinds = dict.fromkeys(figure2.KINDS, 0.25)
+                    writer.write(step, "layers", second_moment=moments, **kinds)
+                    writer.write(step, "test", accuracy=step / 1000)
+                    writer.write(step, "train", loss=1.0)
+    results = {name: [record(0), record(1)] for name in curves.TITLES}
+    experiment.report(options, results)
+    text = (options.workdir / "report.md").read_text()
+    expected = {
+        figure2: "0.2500 | 0.2500 | 0.2500",
+        figure3: "2.3e-13 | 2.3e-13",  # 2^-42
+        figure4: "| 280 | 2.3e-13 | 4.8e-07",  # the paper's 30,000 of 64,000; 2^-21
+        figure5: "50.00 ± 0.00",
+    }
+    assert expected[experiment] in text
+    if experiment is figure5:
+        assert ("ResNet-101, He and L2" in text) == (reason is None) and (reason or "") in text
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_growth_is_that_of_the_unmodulated_error():
+    net = PlainNet(depth=20, width=4, num_classes=5, kernel_init="orthonormal", bn_bias=0.5)
+    images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
+    found = log_growth(net, jax.random.key(0), images)
+    observed = net.clone(modulated=True)
+    variables = observed.init(jax.random.key(0), images[:1], train=False)
+
+    def loss(params):
+        state = {**variables, "params": params}
+        logits, _ = observed.apply(state, images, train=True, mutable=["batch_stats"])
+        direction = jax.random.normal(jax.random.fold_in(jax.random.key(0), 1), logits.shape)
+        return jnp.sum(logits * direction)
+
+    grads = in_order(jax.grad(loss)(variables["params"]))
+    squares = np.log([leaf[0] for path, leaf in grads if path.endswith(SITE)])
+    np.testing.assert_allclose(found, squares[:-1] - squares[1:], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_growth_does_not_overflow_where_the_error_would():
+    """1.467^300 is 1e50: beyond float32."""
+    net = PlainNet(depth=302, width=8, num_classes=5, kernel_init="delta_orthonormal")
+    images = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+    found = log_growth(net, jax.random.key(0), images)
+    assert jnp.isfinite(found).all() and jnp.sum(found) > math.log(1e38)
+
+
+@pytest.mark.parametrize("m", [3, 10, 57])
+def test_the_jacobian_of_batch_normalization(m):
+    x = np.random.default_rng(m).normal(size=m)
+    expected, rho = appendix.equation_12(x)
+    np.testing.assert_allclose(appendix.jacobian(jnp.float32(x)), expected, atol=2e-5 * rho)
+    eigenvalues = np.sort(np.linalg.eigvalsh(expected)) / rho
+    predicted = appendix.EPSILON / (x.var() + appendix.EPSILON)
+    np.testing.assert_allclose(eigenvalues, [0, predicted, *[1] * (m - 2)], atol=1e-12)
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "launch" / "reproduce.py"), *arguments],
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_an_experiment_by_one_command(tmp_path):
+    done = run("appendix", "--seeds=2", f"--workdir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "appendix_cpu" / "report.md").read_text()
+    assert "command: python launch/reproduce.py appendix --seeds=2" in text
+    assert len((tmp_path / "appendix_cpu" / "records.jsonl").read_text().splitlines()) == 16
+
+
+def test_there_must_be_something_to_resume(tmp_path):
+    done = run("appendix", "--resume", f"--workdir={tmp_path}")
+    assert done.returncode == 2 and str(tmp_path) in done.stderr and not list(tmp_path.iterdir())
+    (tmp_path / "appendix_cpu").mkdir()
+    assert run("appendix", "--resume", f"--workdir={tmp_path}").returncode == 0
+
+
+def test_a_missing_data_set_is_an_error_in_one_line(tmp_path):
+    done = run("figure5", f"--workdir={tmp_path}", f"--data_dir={tmp_path / 'nothing'}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "cifar10" in done.stderr.splitlines()[-1]

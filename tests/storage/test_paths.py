@@ -1,0 +1,97 @@
+"""Working directories in an object store, played by one in memory; orbax's part is not in here."""
+
+import importlib.util
+import json
+import types
+
+import fsspec
+import pytest
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+from orthojax.analysis.curves import draw_curves
+from orthojax.errors import WorkdirError
+from orthojax.storage import paths
+from orthojax.storage.metrics import MetricWriter, read_metrics
+from orthojax.storage.paths import is_remote, to_path, write_atomic
+from orthojax.storage.workdir import claim, write_json_atomic
+
+CONFIG = {"seed": 0, "optimizer": {"learning_rate": 0.1}, "mesh": {"data": 1}}
+
+
+class Bucket(MemoryFileSystem):
+    """Objects in memory, under names that begin with gs://."""
+
+    protocol = ("gs", "gcs")
+    store: dict = {}
+    pseudo_dirs = [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("gs://", "memory://"))
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    monkeypatch.setattr(Bucket, "store", {})
+    monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
+    previous = fsspec.registry.get("gcs"), fsspec.registry.get("gs")
+    for name in ("gcs", "gs"):
+        fsspec.register_implementation(name, Bucket, clobber=True)
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+    # The extra is not needed for a bucket in memory.
+    found = types.SimpleNamespace(find_spec=lambda name: object())
+    monkeypatch.setattr(paths.importlib, "util", found)
+    yield "gs://bucket/runs"
+    for name, implementation in zip(("gcs", "gs"), previous, strict=True):
+        if implementation:
+            fsspec.register_implementation(name, implementation, clobber=True)
+    backend._FileSystemSpecBackend._get_filesystem.cache_clear()
+
+
+def test_a_run_is_claimed_resumed_and_refused_as_in_a_directory(bucket):
+    workdir = f"{bucket}/a"
+    claim(workdir, CONFIG)
+    assert json.loads((to_path(workdir) / "config.json").read_text()) == CONFIG
+    claim(workdir, {**CONFIG, "mesh": {"data": 8}})  # another mesh may go on
+    assert len(json.loads((to_path(workdir) / "environment.json").read_text())) == 2
+    with pytest.raises(WorkdirError, match="seed: 0 -> 1"):
+        claim(workdir, {**CONFIG, "seed": 1})
+    (to_path(f"{bucket}/b") / "thesis.tex").write_text("not a run")
+    with pytest.raises(WorkdirError, match="holds no run"):
+        claim(f"{bucket}/b", CONFIG)
+
+
+def test_metrics_are_there_after_every_record_and_trimmed_on_resume(bucket):
+    for step, resume in ((1, None), (5, 2), (9, 5)):
+        with MetricWriter(bucket, resume_step=resume) as writer:
+            for later in range(step, step + 4):
+                writer.write(later, "train", loss=1.0 / later)
+                assert read_metrics(bucket)[-1]["step"] == later
+        steps = [record["step"] for record in read_metrics(bucket)]
+        assert steps == sorted(set(steps))
+    assert steps == [1, 2, 5, 9, 10, 11, 12]
+
+
+def test_pictures_and_json_arrive_whole(bucket):
+    write_json_atomic(f"{bucket}/summary.json", {"steps": 3})
+    assert json.loads(to_path(f"{bucket}/summary.json").read_text()) == {"steps": 3}
+    records = [{"step": s, "kind": "train", "loss": 1 / s, "accuracy": 0.5} for s in (1, 2)]
+    draw_curves(records, f"{bucket}/curves.png")
+    assert to_path(f"{bucket}/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_paths_of_this_machine_stay_what_they_are(tmp_path):
+    assert not is_remote(tmp_path) and is_remote("gs://bucket/run")
+    write_atomic(tmp_path / "a", b"1")
+    write_atomic(str(tmp_path / "a"), b"2")
+    assert (tmp_path / "a").read_bytes() == b"2"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    with pytest.raises(WorkdirError, match="s3://bucket.*only gs://"):
+        to_path("s3://bucket/run")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(WorkdirError, match=r"gs://bucket/run needs the extra \[gcs\]: pip install"):
+        to_path("gs://bucket/run")

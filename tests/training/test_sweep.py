@@ -1,0 +1,150 @@
+"""Sweeps: the search for a rate, resuming, divergence, and several processes at once."""
+
+import io
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from orthojax.configs import digits_plain110
+
+from orthojax.errors import DivergenceError, WorkdirBusyError, WorkdirError
+from orthojax.storage.metrics import MetricWriter
+from orthojax.storage.workdir import claim
+from orthojax.training import sweep
+
+ROOT = pathlib.Path(__file__).parents[2]
+LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Runs that cost nothing: their loss is that of `trained.loss(rate)`; NaN diverges."""
+
+    class Trained(list):
+        loss = staticmethod(lambda rate: abs(math.log(rate / 0.03)))
+
+    runs = Trained()
+
+    def train(config, workdir):
+        runs.append((config.optimizer.learning_rate, config.steps, config.seed))
+        loss = runs.loss(config.optimizer.learning_rate)
+        claim(workdir, config)
+        if math.isnan(loss):
+            raise DivergenceError("training diverged at step 3")
+        with MetricWriter(workdir) as writer:
+            for step in range(1, config.steps + 1):  # the mean over the last tenth is `loss`
+                writer.write(step, "train", loss=loss if step > 0.9 * config.steps else 99.0)
+        return {"test_accuracy": 0.5, "seconds": 1.0}
+
+    monkeypatch.setattr(sweep, "train_and_evaluate", train)
+    return runs
+
+
+def config(steps=20):
+    return digits_plain110.get_config(f"depth=8,steps={steps}")
+
+
+def search(directory, start=0.1, **options):
+    job = sweep.tuned(config(), directory, (0, 1, 2), rates=LADDER, start=start, **options)
+    return sweep.work({"arm": job}, stream=io.StringIO())["arm"]
+
+
+@pytest.mark.parametrize("start", [0.001, 0.03, 0.1, 1.0])
+def test_the_search_finds_the_smallest_loss_and_trains_every_seed_there(trained, tmp_path, start):
+    records = search(tmp_path, start)
+    assert [record["seed"] for record in records] == [0, 1, 2]
+    assert {record["learning_rate"] for record in records} == {0.03}
+    assert len(trained) == len(set(trained))  # nothing twice
+    tried = {rate for rate, _, _ in trained}
+    assert {0.01, 0.03, 0.1} <= tried  # both neighbours were worse
+    assert len(tried) <= abs(LADDER.index(start) - 3) + 3
+
+
+def test_the_search_may_take_shorter_runs(trained, tmp_path):
+    records = search(tmp_path, search_steps=5)
+    assert {record["steps"] for record in records} == {20}
+    assert sorted(seed for _, steps, seed in trained if steps == 20) == [0, 1, 2]
+    assert {seed for _, steps, seed in trained if steps == 5} == {0}
+
+
+def test_rates_that_diverge_are_worse_than_any_other(trained, tmp_path):
+    trained.loss = lambda rate: math.nan if rate > 0.01 else 2.3
+    records = search(tmp_path, 0.3)
+    assert records[0]["learning_rate"] <= 0.01 and records[0]["diverged"] is None
+
+
+def test_where_everything_diverges_the_smallest_rate_is_left(trained, tmp_path):
+    trained.loss = lambda rate: math.nan
+    records = search(tmp_path)
+    assert {record["learning_rate"] for record in records} == {LADDER[0]}
+    assert all("diverged at step 3" in record["diverged"] for record in records)
+    assert all(record["test_accuracy"] == 0 for record in records)
+    assert "Infinity" not in next(tmp_path.glob("*/record.json")).read_text()
+
+
+def test_nothing_is_trained_twice(trained, tmp_path):
+    first = search(tmp_path)
+    count = len(trained)
+    assert search(tmp_path) == first and len(trained) == count
+
+
+def test_what_was_trained_with_another_config_is_refused(trained, tmp_path):
+    job = sweep.over_seeds(config(), tmp_path, (0,))
+    sweep.work({"arm": job}, stream=io.StringIO())
+    moved, other = config(), config()
+    moved.dataset.data_dir, other.model.bn_bias = "elsewhere", 0.5
+    sweep.work({"arm": sweep.over_seeds(moved, tmp_path, (0,))}, stream=io.StringIO())
+    with pytest.raises(WorkdirError, match=r"model\.bn_bias: .* -> 0\.5"):
+        sweep.work({"arm": sweep.over_seeds(other, tmp_path, (0,))}, stream=io.StringIO())
+    assert len(trained) == 1
+
+
+def test_what_another_process_trains_is_waited_for_and_others_go_first(
+    trained, tmp_path, monkeypatch
+):
+    busy, train = ["a", "a"], sweep.train_and_evaluate
+
+    def sometimes_busy(config, workdir):
+        if busy and workdir.parent.name == busy[0]:
+            busy.pop()
+            raise WorkdirBusyError("another process is training there")
+        return train(config, workdir)
+
+    monkeypatch.setattr(sweep, "train_and_evaluate", sometimes_busy)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.0)
+    jobs = {
+        "a": sweep.over_seeds(config(), tmp_path / "a", (0,)),
+        "b": sweep.over_seeds(config(), tmp_path / "b", (1,)),
+    }
+    results = sweep.work(jobs, stream=io.StringIO())
+    assert [seed for _, _, seed in trained] == [1, 0] and not busy
+    assert list(results) == ["a", "b"]
+
+
+WORKER = """
+import pathlib, sys
+from orthojax.configs import digits_plain110
+from orthojax.training.sweep import over_seeds, work
+config = digits_plain110.get_config("depth=8,steps=6")
+config.model.width, config.batch_size, config.mesh.data = 4, 32, 1
+jobs = {i: over_seeds(config, pathlib.Path(sys.argv[1]) / str(i), (0, 1)) for i in range(2)}
+print(sum(len(records) for records in work(jobs).values()))
+"""
+
+
+def test_two_processes_share_the_runs(tmp_path):
+    command = [sys.executable, "-c", WORKER, str(tmp_path)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [out for out, _ in outputs] == ["4\n", "4\n"], outputs
+    starts = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/environment.json")]
+    assert len(starts) == 4 and all(len(entries) == 1 for entries in starts)
+    assert len(list(tmp_path.glob("*/*/record.json"))) == 4
