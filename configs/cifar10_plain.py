@@ -19,9 +19,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     """Arguments: depth, method, preset.
 
     depth (44): 6n + 2 layers.
-    method: `ortho`, the paper's (orthonormal initialisation and regularizer, modulation for the
+    method: `ortho`, the paper's (orthonormal initialization and regularizer, modulation for the
       first n steps); `isometric`, this project's (delta-orthonormal kernels and a BN bias
-      solved from the depth, modulation throughout); `l2`, the baseline (He initialisation, L2, no
+      solved from the depth, modulation throughout); `l2`, the baseline (He initialization, L2, no
       modulation).
     preset: `full`; or `cpu`, images average-pooled to 16×16 and 600 steps.
     """

@@ -9,7 +9,7 @@ from orthojax.config import parse_arguments
 def get_config(arguments: str | None = None) -> ConfigDict:
     """Arguments: depth (44), preset (`full` or `cpu`), and method: `l2` or `ortho`.
 
-    `ortho` is orthonormal initialisation and regularizer; a residual net has no modulation.
+    `ortho` is orthonormal initialization and regularizer; a residual net has no modulation.
     """
     args = parse_arguments(arguments, depth=44, method=("l2", "ortho"), preset=("full", "cpu"))
     config = cifar10_plain.get_config(

@@ -21,9 +21,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     """Arguments: depth, method, epochs, preset.
 
     depth (34): 34 or 101.
-    method: `ortho`, the paper's (orthonormal initialisation and regularizer, modulation for the
+    method: `ortho`, the paper's (orthonormal initialization and regularizer, modulation for the
       first n steps); `isometric`, this project's (delta-orthonormal kernels and a BN bias
-      solved from the depth, modulation throughout); `l2`, the baseline (He initialisation, L2, no
+      solved from the depth, modulation throughout); `l2`, the baseline (He initialization, L2, no
       modulation).
     epochs (120): of the whole data set.
     preset: `full`; or `mini`, width 8, 64×64 crops, batches of 20 and 75 steps, float32: five

@@ -9,7 +9,7 @@ from orthojax.config import parse_arguments
 def get_config(arguments: str | None = None) -> ConfigDict:
     """Arguments: depth (34), epochs (120), preset (`full` or `mini`), and method: `l2` or `ortho`.
 
-    `ortho` is orthonormal initialisation and regularizer; a residual net has no modulation.
+    `ortho` is orthonormal initialization and regularizer; a residual net has no modulation.
     """
     args = parse_arguments(
         arguments, depth=34, method=("l2", "ortho"), epochs=120, preset=("full", "mini")

@@ -43,7 +43,7 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         """The row as text, one cell for each heading."""
         shape = "×".join(map(str, self.shape)) or "scalar"
-        if not self.penalized:
+        if self.fan is None or self.reason:
             return (self.path, shape, "", "", "", f"no: {self.reason}", "")
         error = "" if self.error is None else f"{self.error:.2e}"
         fan = f"{self.fan[0]} × {self.fan[1]}"
@@ -113,7 +113,7 @@ def _row(path, array, kernel: Kernel | str | ConfigError, error):
 
 
 def _runs(sizes) -> str:
-    """Group sizes, equal neighbours counted: `(27, 27, 10)` as `2×27 + 10`."""
+    """Group sizes, equal neighbors counted: `(27, 27, 10)` as `2×27 + 10`."""
     if len(sizes) == 1:
         return str(sizes[0])
     first = sum(size == sizes[0] for size in sizes)

@@ -1,6 +1,6 @@
-r"""Near-isometric initialisation: how fast the error of a plain net grows, and how to tame it.
+r"""Near-isometric initialization: how fast the error of a plain net grows, and how to tame it.
 
-At initialisation, with kernels that are isometries (`orthojax.delta_orthonormal`), the squared
+At initialization, with kernels that are isometries (`orthojax.delta_orthonormal`), the squared
 error of a Conv-BN-ReLU net grows on its way down by
 
 .. math:: g(\beta) = \frac{\Phi(\beta)}{\mathrm{Var}[\mathrm{ReLU}(N(\beta, 1))]}
@@ -26,7 +26,7 @@ _LARGEST_BIAS = 8.0  # where the growth per layer is 1 to within a double's prec
 
 
 def error_growth(bias: float) -> float:
-    r"""Growth :math:`g(\beta)` of the squared error per Conv-BN-ReLU layer at initialisation.
+    r"""Growth :math:`g(\beta)` of the squared error per Conv-BN-ReLU layer at initialization.
 
     Args:
       bias: :math:`\beta`, of batch normalization.

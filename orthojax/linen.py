@@ -36,6 +36,7 @@ def site_of(module: nn.Module) -> jax.Array | None:
       float32 `(3,)`, see `orthojax.init_site`, or None if the parameters hold no site.
     """
     scope, counter = module.scope, _positions.get()
+    assert scope is not None, "the module is not bound"
     position = 0 if counter is None else next(counter)
     if module.is_initializing() and not scope.has_variable("params", SITE):
         scope.put_variable("params", SITE, init_site(position))

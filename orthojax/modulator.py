@@ -29,7 +29,7 @@ class ModulationState(NamedTuple):
     """
 
     inner_state: Any
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # as in optax; a tuple has a method of that name
     measured: jax.Array
     reference: jax.Array
     log_growth: jax.Array
@@ -232,7 +232,8 @@ def read(opt_state: Any) -> Readings:
             label = name + "".join(f"[{i}]" for i in index)
             sites.append((float(positions[index]), index, label, moments[index], scales[index]))
     sites.sort(key=lambda site: (site[0] < 0, site[:2]))
-    rows, left = [], None
+    rows: list[SiteReading] = []
+    left: float | None = None
     for position, _, label, moment, scale in reversed(sites):
         growth = float(moment / left) if left and position >= 0 else None
         if position >= 0 and moment > 0:

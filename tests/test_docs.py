@@ -1,6 +1,7 @@
 """The Python blocks of the documentation run, in order, each page in a namespace of its own."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -30,6 +31,18 @@ def test_python_blocks_run(page, tmp_path, monkeypatch):
             exec(compile("\n" * lines + block[1], str(page), "exec"), namespace)
     if left_out:
         pytest.skip(f"{page.name}: blocks left out for want of {', '.join(left_out)}")
+
+
+def test_the_notebook_runs_and_is_stored_with_its_output(tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    notebook = json.loads((ROOT / "docs" / "first_steps.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    namespace = {"__name__": "notebook"}
+    for cell in cells:
+        assert all(output["output_type"] != "error" for output in cell["outputs"])
+        exec(compile("".join(cell["source"]), "first_steps.ipynb", "exec"), namespace)
+    assert sum(bool(cell["outputs"]) for cell in cells) == len(cells)
 
 
 def found(name):

@@ -1,4 +1,4 @@
-"""Properties of the initialisers: what they promise to be orthonormal, measured."""
+"""Properties of the initializers: what they promise to be orthonormal, measured."""
 
 import warnings
 

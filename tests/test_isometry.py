@@ -1,4 +1,4 @@
-"""The theory of near-isometric initialisation, against quadrature and against a net."""
+"""The theory of near-isometric initialization, against quadrature and against a net."""
 
 import math
 
@@ -44,7 +44,7 @@ def test_impossible_arguments_are_refused():
             isometric_bias(*arguments)
 
 
-def test_a_net_at_initialisation_grows_as_the_theory_says():
+def test_a_net_at_initialization_grows_as_the_theory_says():
     """The first stage of a wide net, whose layers are alike, between its sites."""
     images = jax.random.normal(jax.random.key(0), (32, 8, 8, 32))
 

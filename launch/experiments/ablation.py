@@ -26,7 +26,7 @@ BENCHES = {
 
 
 def bias_and_kernel(config):
-    """BN bias at initialisation, the recipe's solved one among them, for both kernels."""
+    """BN bias at initialization, the recipe's solved one among them, for both kernels."""
     for kernel, bias in itertools.product(
         ("delta_orthonormal", "orthonormal"), (0.0, 0.5, 1.0, config.model.bn_bias, 2.0)
     ):
@@ -52,7 +52,7 @@ def modulation(config):
 
 
 def bias_alone(config):
-    """BN bias at initialisation, delta-orthonormal kernels."""
+    """BN bias at initialization, delta-orthonormal kernels."""
     del config
     for bias in (0.0, 0.5, 1.0, 1.5, 2.0):
         yield f"bias {bias:g}", {"model.bn_bias": bias}

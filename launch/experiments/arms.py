@@ -10,7 +10,7 @@ def digits(depth, method, steps=300):
     """A net of width 8 on the digits.
 
     method: `isometric` (this project's), `ortho` (the paper's: modulated for the first 4 % of the
-    steps), `l2` (SGD and L2 from He initialisation) or `residual` (that of a net with shortcuts).
+    steps), `l2` (SGD and L2 from He initialization) or `residual` (that of a net with shortcuts).
     """
     config = digits_plain110.get_config(f"depth={depth},steps={steps}")
     config.eval_every = config.checkpoint_every = steps

@@ -23,12 +23,12 @@ def report(options, results):
     picture, rows = new_picture(12, 3.6), []
     panels = picture.subplots(1, len(KINDS))
     for axes, (key, label) in zip(panels, KINDS.items(), strict=True):
-        for name, colour in zip(ARMS, COLORS[2::-2], strict=True):
+        for name, color in zip(ARMS, COLORS[2::-2], strict=True):
             for seed, records in enumerate(curves.measurements(options, name, "layers")):
                 steps = [record["step"] for record in records]
                 values = [record[key] for record in records]
                 title = curves.TITLES[name] if seed == 0 else None
-                axes.plot(steps, values, color=colour, label=title, linewidth=1.2)
+                axes.plot(steps, values, color=color, label=title, linewidth=1.2)
                 ends = (values[0], values[len(values) // 2], values[-1])
                 rows.append([label, curves.TITLES[name], seed, *(f"{v:.4f}" for v in ends)])
         axes.set(title=label, xlabel="training step", ylabel="mean cosine")

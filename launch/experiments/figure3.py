@@ -17,7 +17,7 @@ def report(options, results):
     """All steps but the first five, and the part before the learning rate falls, enlarged."""
     picture, rows = new_picture(9, 3.6), []
     panels = picture.subplots(1, 2)
-    for name, colour in zip(ARMS, COLORS[2::-2], strict=True):
+    for name, color in zip(ARMS, COLORS[2::-2], strict=True):
         for seed, records in enumerate(curves.measurements(options, name, "layers")):
             moments = [(r["step"], r["second_moment"]) for r in records if r["step"] >= 5]
             ratios = [(step, layers[0] / layers[-1]) for step, layers in moments]
@@ -25,7 +25,7 @@ def report(options, results):
             parts = (ratios, [pair for pair in ratios if pair[0] <= fall])
             for axes, part in zip(panels, parts, strict=True):
                 label = curves.TITLES[name] if seed == 0 else None
-                axes.plot(*zip(*part, strict=True), color=colour, label=label, linewidth=1)
+                axes.plot(*zip(*part, strict=True), color=color, label=label, linewidth=1)
             means = [_geometric_mean([v for _, v in half]) for half in (parts[1], ratios[-20:])]
             rows.append([curves.TITLES[name], seed, *(f"{mean:.2g}" for mean in means)])
     for axes, title in zip(panels, ("all steps", "before the learning rate falls"), strict=True):

@@ -19,13 +19,13 @@ def report(options, results):
     picture, rows = new_picture(9, 3.6), []
     for axes, name in zip(picture.subplots(1, 2, sharey=True), ARMS, strict=True):
         records = curves.measurements(options, name, "layers")[0]
-        for colour, (printed, fraction) in zip(COLORS, FRACTIONS.items(), strict=False):
+        for color, (printed, fraction) in zip(COLORS, FRACTIONS.items(), strict=False):
             wanted = fraction * records[-1]["step"]
             record = min(records, key=lambda r, wanted=wanted: abs(r["step"] - wanted))
             profile = [m / record["second_moment"][-1] for m in record["second_moment"]]
             label = f"step {record['step']:,} (the paper's {printed:,})"
             layers = range(1, len(profile) + 1)
-            axes.plot(layers, profile, label=label, color=colour, linewidth=1.2)
+            axes.plot(layers, profile, label=label, color=color, linewidth=1.2)
             middle = profile[len(profile) // 2]
             rows.append([curves.TITLES[name], record["step"], f"{profile[0]:.2g}", f"{middle:.2g}"])
         axes.set(title=curves.TITLES[name], xlabel="layer", yscale="log")

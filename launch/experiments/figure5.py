@@ -30,13 +30,13 @@ def report(options, results):
     picture = new_picture(4.5 * len(plan), 3.6)
     for axes, (title, names) in zip(picture.subplots(1, len(plan)), plan.items(), strict=True):
         mini = title == PHOTOGRAPHS and options.preset == "cpu"
-        for colour, name in zip(COLORS, names, strict=False):
+        for color, name in zip(COLORS, names, strict=False):
             found = curves.measurements(options, name, "train" if mini else "test")
             for seed, records in enumerate(found):
                 steps = [record["step"] for record in records]
                 values = [r["loss"] if mini else 100 * r["accuracy"] for r in records]
                 label = curves.TITLES[name] if seed == 0 else None
-                axes.plot(steps, values, color=colour, label=label, marker="o", markersize=3)
+                axes.plot(steps, values, color=color, label=label, marker="o", markersize=3)
             losses = [f"{record['train_loss']:.2f}" for record in results[name]]
             rows.append([title, curves.TITLES[name], accuracy(results[name]), ", ".join(losses)])
         label = "training loss" if mini else "test accuracy (%)"

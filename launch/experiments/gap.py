@@ -72,12 +72,12 @@ def _parts(name):
 def _draw(results, pairs):
     picture = new_picture(6, 3.6)
     axes = picture.subplots()
-    for shift, method, colour in zip((-0.2, 0.2), METHODS, COLORS, strict=False):
+    for shift, method, color in zip((-0.2, 0.2), METHODS, COLORS, strict=False):
         for place, (dataset, depth) in enumerate(pairs):
             values = [100 * r["test_accuracy"] for r in results[f"{dataset},{method},{depth}"]]
             label = None if place else {"isometric": "plain", "residual": "residual"}[method]
             mean = statistics.fmean(values)
-            axes.bar(place + shift, mean, 0.38, color=colour, label=label)
+            axes.bar(place + shift, mean, 0.38, color=color, label=label)
             axes.plot([place + shift] * len(values), values, "k.", markersize=4)
     axes.set_xticks(range(len(pairs)), [f"{dataset}, {depth}" for dataset, depth in pairs])
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))

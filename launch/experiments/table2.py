@@ -1,7 +1,7 @@
 """Table 2: one-order methods against orthonormality and modulation, at 44 and 110 layers.
 
 The paper gives all methods one learning rate, 0.1. That column is here, and another in which each
-method has its own. Two rows more: modulation throughout, and near-isometric initialisation.
+method has its own. Two rows more: modulation throughout, and near-isometric initialization.
 """
 
 from experiments.arms import LADDER, cifar10, digits
@@ -89,7 +89,7 @@ def report(options, results):
         options,
         TITLE,
         table(headings, rows),
-        f"Test accuracy in %, on {where}. The rivals start from He initialisation and have L2. "
+        f"Test accuracy in %, on {where}. The rivals start from He initialization and have L2. "
         "A rate of a method's own is chosen by the training loss of the first seed, from a ladder.",
         pictures={"table2": draw(results, papers)},
     )
@@ -101,14 +101,14 @@ def draw(results, papers):
     panels = picture.subplots(1, len(DEPTHS), sharey=True)
     for axes, depth in zip(panels, DEPTHS, strict=True):
         for place, (name, paper) in enumerate(papers.items()):
-            for shift, kind, colour in ((-0.2, "shared", COLORS[5]), (0.2, "own", COLORS[0])):
+            for shift, kind, color in ((-0.2, "shared", COLORS[5]), (0.2, "own", COLORS[0])):
                 values = [100 * r["test_accuracy"] for r in results[name, depth, kind]]
                 label = {"shared": f"rate {SHARED_RATE:g}", "own": "own rate"}[kind]
                 axes.barh(
                     place + shift,
                     sum(values) / len(values),
                     0.38,
-                    color=colour,
+                    color=color,
                     label=None if place else label,
                 )
                 axes.plot(values, [place + shift] * len(values), "k.", markersize=3)

@@ -1,4 +1,4 @@
-"""Growth of the error at initialisation: measured, against the theory, for depths up to 1,004."""
+"""Growth of the error at initialization: measured, against the theory, for depths up to 1,004."""
 
 import functools
 import math
@@ -12,7 +12,7 @@ from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.isometry import error_growth
 from orthojax.models import PlainNet
 
-TITLE = "Growth of the squared error per layer at initialisation"
+TITLE = "Growth of the squared error per layer at initialization"
 BIASES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 KERNELS = ("delta_orthonormal", "orthonormal")
 SHAPES = {"cpu": ((44, 16), (110, 16), (302, 8), (1004, 8)), "full": ((110, 64), (1004, 64))}
@@ -69,7 +69,7 @@ def report(options, results):
 
 
 def _per_layer(net, images, key, bias):
-    """Mean log growth of the norm; the bias is a constant initialiser's, so it can be traced."""
+    """Mean log growth of the norm; the bias is a constant initializer's, so it can be traced."""
     growth = log_growth(net.clone(bn_bias=bias), key, images)
     # The second moment is a mean over elements, of which there are four times as many below.
     return (jnp.sum(growth) + math.log(4)) / growth.size
@@ -80,11 +80,11 @@ def _draw(options, measured):
     fine = [3 * i / 100 for i in range(101)]
     for axes, kernel in zip(picture.subplots(1, 2), KERNELS, strict=True):
         axes.plot(fine, [error_growth(bias) for bias in fine], color="black", label="theory")
-        for colour, (depth, _) in zip(COLORS, SHAPES[options.preset], strict=False):
+        for color, (depth, _) in zip(COLORS, SHAPES[options.preset], strict=False):
             for seed in range(len(options.seeds)):
                 values = [math.exp(measured[depth, kernel, bias][seed]) for bias in BIASES]
                 label = f"{depth} layers" if seed == 0 else None
-                axes.plot(BIASES, values, "o", color=colour, markersize=4, label=label)
+                axes.plot(BIASES, values, "o", color=color, markersize=4, label=label)
         axes.axhline(1, color="grey", linewidth=0.5)
         axes.set(title=kernel, xlabel="BN bias β", ylabel="growth per layer")
         clear_frame(axes)

@@ -118,7 +118,7 @@ def keyword_parameters(function: Callable) -> dict[str, inspect.Parameter]:
     """The parameters of a function that a section of a config may set; see `bind`."""
     keyword = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = inspect.signature(function).parameters
-    # Recognised by name, so that reading a config does not import Flax.
+    # Recognized by name, so that reading a config does not import Flax.
     bases = [f"{base.__module__}.{base.__qualname__}" for base in getattr(function, "__mro__", ())]
     added = ("parent", "name") if "flax.linen.module.Module" in bases else ()
     return {n: p for n, p in parameters.items() if p.kind in keyword and n not in added}

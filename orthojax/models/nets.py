@@ -20,7 +20,7 @@ from orthojax.models.blocks import (
 )
 from orthojax.models.stacking import REMATS, Stage
 
-# Name of an initialiser -> (shape-preserving kernels, kernels that change channels or stride).
+# Name of an initializer -> (shape-preserving kernels, kernels that change channels or stride).
 # A delta kernel that drops pixels (stride) or copies channels is no isometry: Gram-Schmidt there.
 KERNEL_INITS = {
     "orthonormal": (orthonormal, orthonormal),
@@ -66,7 +66,7 @@ class ConvNet(nn.Module):
       kernel_init: "orthonormal" (Gram-Schmidt; the paper's), "delta_orthonormal" or "he", or an
         initializer `(key, shape, dtype) -> array` for all kernels.
       bn_bias: initial bias of every BN. The paper's is 0; a positive one lets most units pass
-        the ReLU unchanged, so that a deep plain net is closer to an isometry at initialisation.
+        the ReLU unchanged, so that a deep plain net is closer to an isometry at initialization.
       bn_groups: batch normalization takes its statistics from this many parts of a batch, each on
         its own; 1 is the whole batch, on however many devices it lies. The number of devices makes
         it a matter of each device. See `orthojax.models.normalization.BatchNorm`.

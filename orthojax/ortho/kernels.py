@@ -80,7 +80,7 @@ class Kernel:
             columns=max(self.groups),
             dtype=accumulation_dtype(dtype),
             spatial=tuple(self.axes.inputs.index(axis) for axis in self.axes.spatial),
-            strides=tuple(self.axes.strides),
+            strides=tuple(self.axes.strides),  # type: ignore[arg-type]  # one each, once resolved
         )
 
     def identity(self, dtype) -> jax.Array:
@@ -173,7 +173,7 @@ def find_kernels(
     """
     group_sizes(1, 1, grouping)
     chosen, axes_of = resolve_mask(mask, params), resolve_view(view, params)
-    found = {}
+    found: dict[str, tuple[Any, Kernel | str | ConfigError]] = {}
     for path, array in leaves_with_paths(params):
         if path in found:
             raise ConfigError(f"two parameters are at the one path {path!r}: rename one of them")
@@ -185,9 +185,12 @@ def find_kernels(
             found[path] = (array, "masked")
         else:
             axes = axes_or_reason(axes_of, path, array)
-            if isinstance(axes, KernelAxes):
-                axes = Kernel(path, tuple(array.shape), axes, grouping if grouped else "none")
-            found[path] = (array, axes)
+            kernel = (
+                Kernel(path, tuple(array.shape), axes, grouping if grouped else "none")
+                if isinstance(axes, KernelAxes)
+                else axes
+            )
+            found[path] = (array, kernel)
     return [(path, *entry) for path, entry in found.items()]
 
 
@@ -213,7 +216,7 @@ def map_blocks(
         alone = number if kernel.blocks > 1 or array.size > LARGEST_BATCHED else None
         sharding = _explicit_sharding(array)
         buckets[kernel.layout(array.dtype), sharding, alone].append(number)
-    results = [None] * len(kernels)
+    results: dict[int, jax.Array] = {}
     for (layout, *_), numbers in buckets.items():
         members = [kernels[number] for number in numbers]
         parts = _with_auto_axes(
@@ -222,7 +225,7 @@ def map_blocks(
         )
         for number, part in zip(numbers, parts, strict=True):
             results[number] = part
-    return results
+    return [results[number] for number in range(len(kernels))]
 
 
 def _map_bucket(function, layout, members, arrays):

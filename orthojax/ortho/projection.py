@@ -60,7 +60,9 @@ def project_orthonormal(
         for part, (array, kernel) in zip(parts, kernels, strict=True)
     }
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda x: x is None)
-    return treedef.unflatten(projected.get(path_name(path), leaf) for path, leaf in flat)
+    return jax.tree.unflatten(
+        treedef, [projected.get(path_name(path), leaf) for path, leaf in flat]
+    )
 
 
 def _newton_schulz(blocks, identity):

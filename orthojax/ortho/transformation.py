@@ -19,7 +19,7 @@ from orthojax.ortho.views import View
 class OrthoState(NamedTuple):
     """State of `optax_ortho` with a scheduled coefficient: the number of updates so far."""
 
-    count: jax.Array  # shape=(), dtype=jnp.int32
+    count: jax.Array  # type: ignore[assignment]  # int32 scalar
 
 
 def optax_ortho(

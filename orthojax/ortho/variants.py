@@ -55,7 +55,8 @@ class Variant(Protocol):
       grouped: Whether kernels with more columns than rows are cut into column groups first.
     """
 
-    grouped: bool
+    @property
+    def grouped(self) -> bool: ...
 
     def penalty(self, blocks: jax.Array, identity: jax.Array, layout: Layout) -> jax.Array:
         """`P` of every block, shape `(blocks,)`."""

@@ -223,7 +223,9 @@ class _Evidence:
 
     def __init__(self, layout: _Layout, shapes: dict[str, Shape], stacked: tuple[str, ...]):
         self.layout, self.shapes, self.stacked = layout, shapes, stacked
-        self.below = {}  # module path -> paths of all parameters in it, at any depth
+        self.below: dict[
+            str, list[str]
+        ] = {}  # module path -> paths of all parameters in it, at any depth
         for path in shapes:
             for module in _modules_around(path):
                 self.below.setdefault(module, []).append(path)

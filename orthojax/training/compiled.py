@@ -54,7 +54,7 @@ class CompiledSteps:
 
 
 def compile_steps(experiment: Experiment) -> CompiledSteps:
-    """Compiles initialisation, training step and evaluation step for the experiment's mesh."""
+    """Compiles initialization, training step and evaluation step for the experiment's mesh."""
     start = time.monotonic()
     batch_size = experiment.settings.batch_size
     split = batch_sharding(experiment.mesh, batch_size)

@@ -37,7 +37,7 @@ class Settings:
       regularizer: see there.
       steps: number of updates.
       batch_size: images per update, over all devices.
-      seed: of the initialisation, the order of the data and the augmentation.
+      seed: of the initialization, the order of the data and the augmentation.
       dtype: compute dtype of the net, such as "float32" or "bfloat16".
       log_every: steps between records and progress lines.
       eval_every: steps between evaluations on the test split; there is always one at the end.

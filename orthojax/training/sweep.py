@@ -166,8 +166,8 @@ def tuned(
 ) -> Job:
     """A job: the best learning rate for a config, then the config at that rate with every seed.
 
-    The search climbs a ladder: from `start` to the neighbour with the smaller training loss, until
-    both neighbours are worse, so that few of the rates are tried. The first seed searches; the
+    The search climbs a ladder: from `start` to the neighbor with the smaller training loss, until
+    both neighbors are worse, so that few of the rates are tried. The first seed searches; the
     test split has no say.
 
     Args:

@@ -248,7 +248,7 @@ def test_resizing_is_near_pillows_antialiased_bilinear():
     assert np.abs(jpeg.resize(image, SIZE).astype(float) - np.array(expected)).mean() < 2.0
 
 
-def test_colours_on_the_device_equal_float64():
+def test_colors_on_the_device_equal_float64():
     """Mirroring and the three color components, drawn apart, then put together in NumPy."""
     images = np.random.default_rng(0).integers(0, 256, (7, 5, 6, 3), np.uint8)
     flip_key, color_key = jax.random.split(jax.random.key(4))

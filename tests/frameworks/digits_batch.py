@@ -11,7 +11,7 @@ from orthojax import data
 
 @functools.cache
 def digits():
-    """Images float32 (128, 8, 8, 1), about normalised, and labels, of the training split."""
+    """Images float32 (128, 8, 8, 1), about normalized, and labels, of the training split."""
     split = data.load("digits").train
     rows = np.random.default_rng(0).permutation(len(split))[:128]
     return jnp.asarray(split.images[rows] / 128.0 - 0.6, jnp.float32), split.labels[rows]

@@ -28,7 +28,7 @@ STAND_IN = r"""#!/bin/bash
 me=${0##*/}
 { printf '%s\0' "$me" "$@"; printf '\1\0'; } >> "$CALLS"
 [[ $me != kubectl ]] || cat > "$CALLS.stdin"
-[[ ! -e $0.behaviour ]] || source "$0.behaviour"
+[[ ! -e $0.behavior ]] || source "$0.behavior"
 """
 GCLOUD = r"""
 case " $* " in
@@ -59,7 +59,7 @@ class Place:
     def behave(self, tool, body):
         (self.bin / tool).write_text(STAND_IN)
         (self.bin / tool).chmod(0o755)
-        (self.bin / f"{tool}.behaviour").write_text(body)
+        (self.bin / f"{tool}.behavior").write_text(body)
 
     def start(self, *command, cwd=None, **environment):
         settings = {"HOME": self.home, "CALLS": self.home / "calls", **environment}

@@ -23,7 +23,7 @@ def images():
 
 
 def random_variables(net, images):
-    """Variables of the right shapes without compiling an initialisation."""
+    """Variables of the right shapes without compiling an initialization."""
     shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), images, train=False))
     generator = np.random.default_rng(0)
 
@@ -164,9 +164,9 @@ def test_every_kernel_starts_orthonormal(init, images):
             np.testing.assert_allclose(gram, np.eye(len(gram)), atol=1e-5)
     block = variables["params"]["stage_2"]["block_0"]["layer_1"]
     np.testing.assert_array_equal(block["bn"]["bias"], np.full(8, 1.5))
-    centre = np.array(block["conv"]["kernel"])
-    centre[1, 1] = 0
-    assert np.any(centre) == (init == "orthonormal")
+    center = np.array(block["conv"]["kernel"])
+    center[1, 1] = 0
+    assert np.any(center) == (init == "orthonormal")
 
 
 @pytest.mark.parametrize("scan", [True, False])
@@ -193,7 +193,7 @@ def test_bfloat16_keeps_parameters_and_statistics_in_float32(images):
     assert logits.dtype == jnp.float32
 
 
-def test_bad_depth_and_initialiser_are_named():
+def test_bad_depth_and_initializer_are_named():
     with pytest.raises(ValueError, match=r"depth=45 is not 6n \+ 2.*44 and 50"):
         PlainNet(depth=45)
     with pytest.raises(ValueError, match="'orthonormall' is unknown"):

@@ -58,7 +58,7 @@ def single():
 def test_losses_do_not_depend_on_the_mesh(shape, single):
     mesh = dict(zip(AXES, shape, strict=True))
     first, last, losses, programs = train(mesh)
-    # The initialisation is the same function of the seed, however it is spread.
+    # The initialization is the same function of the seed, however it is spread.
     for actual, expected in zip(jax.tree.leaves(first), jax.tree.leaves(single[0]), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(losses, single[2], rtol=2e-5)

@@ -59,7 +59,7 @@ def test_the_search_finds_the_smallest_loss_and_trains_every_seed_there(trained,
     assert {record["learning_rate"] for record in records} == {0.03}
     assert len(trained) == len(set(trained))  # nothing twice
     tried = {rate for rate, _, _ in trained}
-    assert {0.01, 0.03, 0.1} <= tried  # both neighbours were worse
+    assert {0.01, 0.03, 0.1} <= tried  # both neighbors were worse
     assert len(tried) <= abs(LADDER.index(start) - 3) + 3
 
 
