@@ -24,6 +24,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "seed": 0,
             "steps": steps,
             "batch_size": 128,
+            "clip_grad_norm": placeholder(float),  # None: does not clip
             "dtype": "float32",
             "dataset": {"name": "digits", "data_dir": placeholder(str), "flip": False},
             "model": {
@@ -59,6 +60,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     if ortho:
         config.model.kernel_init, config.model.bn_bias = "orthonormal", 0.0
         config.optimizer.learning_rate = 0.06
-        config.schedule = {"name": "cosine", "warmup_steps": min(20, steps)}
+        config.schedule = {"name": "linear", "warmup_steps": min(20, steps)}
+        config.clip_grad_norm = 1.0  # a burst of the error does not undo what has been learned
         config.log_every, config.eval_every, config.checkpoint_every = 50, 250, 250
     return config

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -221,8 +222,8 @@ def test_members_of_a_flax_ensemble_have_sites_of_their_own():
     for member in range(2):
         own = jax.tree.map(lambda leaf, m=member: leaf[m], params)
         alone = jax.grad(lambda p: loss_of(Modulated(Deep(2)), p, x) / 2)(own)
-        for actual, expected in zip(jax.tree.leaves(grads), jax.tree.leaves(alone), strict=True):
-            np.testing.assert_allclose(actual[member], expected, rtol=1e-4, atol=1e-7)
+        found = jax.tree.map(lambda leaf, m=member: leaf[m], grads)
+        chex.assert_trees_all_close(found, alone, rtol=1e-4, atol=1e-7)
 
 
 def test_evaluation_without_sites_and_jvp():

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from orthojax.errors import ConfigError
 from orthojax.matrices import (
@@ -65,6 +67,34 @@ def test_blocks_are_the_matrices_of_the_definition(name):
         assert not block[:, ~columns].any()
     back = jax.jit(lambda b: from_blocks(b, shape, axes, grouping))(blocks)
     np.testing.assert_array_equal(back, kernel)
+
+
+@st.composite
+def kernels(draw):
+    """A shape, and any split of its axes into stack, inputs and outputs, in any order."""
+    shape = tuple(draw(st.lists(st.integers(1, 5), min_size=2, max_size=5)))
+    order = draw(st.permutations(range(len(shape))))
+    inputs = draw(st.integers(1, len(shape) - 1))
+    outputs = draw(st.integers(1, len(shape) - inputs))
+    axes = KernelAxes(tuple(order[:inputs]), tuple(order[inputs : inputs + outputs]))
+    return shape, axes, draw(st.sampled_from(["ceil", "literal", "none"]))
+
+
+@settings(max_examples=100, deadline=None)
+@given(kernels(), st.integers(0, 2**32 - 1))
+def test_any_kernel_goes_to_blocks_and_back(case, seed):
+    shape, axes, grouping = case
+    kernel = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    blocks = np.asarray(to_blocks(kernel, axes, grouping))
+    valid = np.asarray(valid_columns(shape, axes, grouping))
+    for block, columns, matrix in zip(
+        blocks, valid, blocks_by_hand(kernel, axes, grouping), strict=True
+    ):
+        np.testing.assert_array_equal(block.reshape(-1, block.shape[-1])[:, columns], matrix)
+    np.testing.assert_array_equal(from_blocks(blocks, shape, axes, grouping), kernel)
+    # What is counted as a column is one, and padding adds nothing to a Gram product.
+    total = np.sum(np.square(kernel, dtype=np.float64))
+    np.testing.assert_allclose(np.trace(gram(blocks), axis1=1, axis2=2).sum(), total, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ class Settings:
       steps: number of updates.
       batch_size: images per update, over all devices.
       seed: of the initialization, the order of the data and the augmentation.
+      clip_grad_norm: the largest norm of the gradient, or None; inside modulation, so that it is
+        of the modulated gradient.
       dtype: compute dtype of the net, such as "float32" or "bfloat16".
       log_every: steps between records and progress lines.
       eval_every: steps between evaluations on the test split; there is always one at the end.
@@ -58,6 +60,7 @@ class Settings:
     steps: int
     batch_size: int
     seed: int = 0
+    clip_grad_norm: float | None = None
     dtype: str = "float32"
     log_every: int = 10
     eval_every: int = 100
@@ -74,6 +77,8 @@ class Settings:
         ):
             if getattr(self, key) < 1:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ConfigError(f"`clip_grad_norm` is {self.clip_grad_norm}; it must be above 0")
         if self.observe_every < 0:
             raise ConfigError(f"`observe_every` is {self.observe_every}; it must be at least 0")
         if not 0 <= self.seed < 2**32:
@@ -179,6 +184,7 @@ def _optimizer_and_schedule(
         schedule=settings.schedule,
         regularizer=regularizer,
         steps=settings.steps,
+        clip_grad_norm=settings.clip_grad_norm,
         mesh=mesh,
     )
     if settings.modulation is not None:

@@ -80,6 +80,11 @@ def cosine(*, base: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
     return _with_warmup(optax.cosine_decay_schedule(base, steps), warmup_steps, steps)
 
 
+def linear(*, base: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """Linear warm-up to `base`, times a straight line from 1 to 0 over the whole run."""
+    return _with_warmup(optax.linear_schedule(base, 0.0, steps), warmup_steps, steps)
+
+
 def constant(*, base: float, steps: int, warmup_steps: int = 0) -> optax.Schedule:
     """Linear warm-up to `base`, then `base`."""
     return _with_warmup(optax.constant_schedule(base), warmup_steps, steps)
@@ -95,7 +100,7 @@ def _with_warmup(schedule: optax.Schedule, warmup_steps: int, steps: int) -> opt
     return lambda step: schedule(step) * jax.numpy.minimum(1.0, (step + 1) / warmup_steps)
 
 
-SCHEDULES = {"step_decay": step_decay, "cosine": cosine, "constant": constant}
+SCHEDULES = {"step_decay": step_decay, "cosine": cosine, "linear": linear, "constant": constant}
 
 
 def l2(coefficient: float = 1e-4) -> optax.GradientTransformation:
@@ -118,15 +123,18 @@ def make_optimizer(
     schedule: Mapping,
     regularizer: Mapping,
     steps: int,
+    clip_grad_norm: float | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The regularizer's gradient, then the optimizer, with the schedule as its learning rate.
+    """Clipping, the regularizer's gradient, then the optimizer, by the schedule's learning rate.
 
     Args:
       optimizer: `name`, `learning_rate`, and arguments of the optax function of that name.
       schedule: `name` and arguments of the function of that name in this file.
       regularizer: `name` and arguments: `ortho` (`orthojax.optax_ortho`), `l2` or `none`.
       steps: length of the run.
+      clip_grad_norm: the largest norm of the gradient of the loss, over all weights; a larger one
+        is scaled down. None does not clip.
       mesh: devices that share the work of `ortho`, see `orthojax.parallel.sharded_penalty`.
 
     Returns:
@@ -156,8 +164,10 @@ def make_optimizer(
     regularize = bind_named(REGULARIZERS, regularizer, "regularizer")
     if mesh is not None and regularizer["name"] == "ortho":
         regularize = shard_penalty(regularize, mesh)
-    transformation = optax.chain(regularize, bind_named(OPTIMIZERS, arguments, "optimizer"))
-    return transformation, rates
+    chained = [regularize, bind_named(OPTIMIZERS, arguments, "optimizer")]
+    if clip_grad_norm is not None:
+        chained.insert(0, optax.clip_by_global_norm(clip_grad_norm))
+    return optax.chain(*chained), rates
 
 
 def _check_ranges(section: Mapping, path: str) -> None:

@@ -1,5 +1,6 @@
 """`optax_ortho` and `decoupled_ortho` among optax's other transformations."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,9 +54,7 @@ def zeros(params):
 
 
 def assert_close(found, expected, atol=1e-6):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, atol=atol)
+    chex.assert_trees_all_close(found, expected, rtol=1e-7, atol=atol)
 
 
 def test_adds_the_penalty_gradient_to_kernels_and_nothing_to_the_rest():

@@ -2,6 +2,7 @@
 
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,11 +60,9 @@ def test_losses_do_not_depend_on_the_mesh(shape, single):
     mesh = dict(zip(AXES, shape, strict=True))
     first, last, losses, programs = train(mesh)
     # The initialization is the same function of the seed, however it is spread.
-    for actual, expected in zip(jax.tree.leaves(first), jax.tree.leaves(single[0]), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(first, single[0], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(losses, single[2], rtol=2e-5)
-    for actual, expected in zip(jax.tree.leaves(last), jax.tree.leaves(single[1]), strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=2e-3, atol=2e-5)
+    chex.assert_trees_all_close(last, single[1], rtol=2e-3, atol=2e-5)
     # Updating leaves everything where it was put.
     wanted = jax.tree.map(lambda leaf: leaf.sharding, programs.abstract_state)
     found = jax.tree.map(lambda leaf: leaf.sharding, last)

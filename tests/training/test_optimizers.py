@@ -1,0 +1,63 @@
+"""The optimizer of a config: schedules by their formula, and what is clipped."""
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from orthojax.errors import ConfigError
+from orthojax.training.experiment import Settings
+from orthojax.training.optimizers import make_optimizer
+
+SECTIONS = {"dataset": {}, "model": {}, "modulation": None, "optimizer": {}, "schedule": {}}
+
+
+def sgd(schedule="constant", **options):
+    return make_optimizer(
+        optimizer={"name": "sgd", "learning_rate": 0.1},
+        schedule={"name": schedule, "warmup_steps": 10},
+        regularizer={"name": "l2", "coefficient": 0.5},
+        steps=100,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [
+        ("linear", lambda step: 1 - step / 100),
+        ("cosine", lambda step: (1 + np.cos(np.pi * step / 100)) / 2),
+        ("constant", lambda step: 1.0),
+    ],
+)
+def test_schedules(name, share):
+    _, schedule = sgd(name)
+    for step in (0, 4, 9, 10, 50, 99):
+        expected = 0.1 * share(step) * min(1, (step + 1) / 10)
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [0.5, 5.0, 50.0, None])
+def test_the_gradient_is_clipped_and_the_regularizer_is_not(norm):
+    params = {"kernel": jnp.asarray([[3.0]]), "bias": jnp.asarray([1.0])}
+    gradient = {"kernel": jnp.asarray([[6.0]]), "bias": jnp.asarray([8.0])}  # of norm 10
+    tx, schedule = sgd(clip_grad_norm=norm)
+    updates, _ = tx.update(gradient, tx.init(params), params)
+    share = 1.0 if norm is None else min(1.0, norm / 10)
+    rate = float(schedule(0))
+    np.testing.assert_allclose(updates["kernel"], [[-rate * (6 * share + 0.5 * 3)]], rtol=1e-6)
+    np.testing.assert_allclose(updates["bias"], [-rate * 8 * share], rtol=1e-6)
+
+
+def test_without_clipping_the_state_is_what_it_was():
+    tx, _ = sgd()
+    clipped, _ = sgd(clip_grad_norm=1.0)
+    params = {"kernel": jnp.ones((2, 2))}
+    assert len(clipped.init(params)) == len(tx.init(params)) + 1
+    assert clipped.init(params)[0] == optax.EmptyState()
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0])
+def test_an_impossible_norm_is_named(norm):
+    with pytest.raises(ConfigError, match="clip_grad_norm"):
+        Settings(**SECTIONS, regularizer={}, steps=1, batch_size=1, clip_grad_norm=norm)
