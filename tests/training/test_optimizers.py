@@ -34,7 +34,7 @@ def test_schedules(name, share):
     _, schedule = sgd(name)
     for step in (0, 4, 9, 10, 50, 99):
         expected = 0.1 * share(step) * min(1, (step + 1) / 10)
-        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("norm", [0.5, 5.0, 50.0, None])
