@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 
 import jax
+import jaxlib
 from absl import logging
 
 try:
@@ -113,7 +114,7 @@ def _compiler() -> list[str]:
 def _digest(compiler, extra_flags) -> str:
     digest = hashlib.sha256()
     parts = [(_HERE / name).read_text() for name in _SOURCES]
-    parts += [jax.lib.__version__, _run([*compiler, "--version"]), *compiler, *_FLAGS, *extra_flags]
+    parts += [jaxlib.__version__, _run([*compiler, "--version"]), *compiler, *_FLAGS, *extra_flags]
     parts += [flag for flags in _KERNELS.values() for flag in flags]
     for part in parts:
         digest.update(part.encode() + b"\0")

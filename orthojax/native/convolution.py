@@ -119,7 +119,7 @@ def _define(handler, abstract_eval, operands):
         return jax.vmap(equivalent, axes)(*args), 0
 
     def jvp(primals, tangents, *, equivalent, **_):
-        return jax.jvp(equivalent, primals, [ad.instantiate_zeros(t) for t in tangents])
+        return jax.jvp(equivalent, primals, tuple(map(ad.instantiate_zeros, tangents)))
 
     batching.primitive_batchers[primitive] = batch
     ad.primitive_jvps[primitive] = jvp
