@@ -123,11 +123,21 @@ def _digest(compiler, extra_flags) -> str:
 
 def _compile(compiler, extra_flags, library):
     with tempfile.TemporaryDirectory(dir=library.parent) as place:
-        command = [*compiler, *_FLAGS, *extra_flags, f"-I{jax.ffi.include_dir()}"]
+        command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
         objects = {"convolution": ("convolution.cc", ())}
         objects |= {name: ("kernels.cc", flags) for name, flags in _KERNELS.items()}
         for name, (source, flags) in objects.items():
-            _run([*command, *flags, "-c", str(_HERE / source), "-o", f"{place}/{name}.o"])
+            _run(
+                [
+                    *command,
+                    *flags,
+                    *extra_flags,
+                    "-c",
+                    str(_HERE / source),
+                    "-o",
+                    f"{place}/{name}.o",
+                ]
+            )
         built = f"{place}/{library.name}"
         _run([*compiler, "-shared", "-o", built, *(f"{place}/{name}.o" for name in objects)])
         os.replace(built, library)  # at once: whoever sees it, sees all of it
