@@ -156,7 +156,9 @@ bool use_winograd(const Shape& s, int64_t algorithm) {
   return s.channels >= 16 && s.features >= 16 && s.out_rows >= 4 && s.out_columns >= 4;
 }
 
-long scratch_size(const Shape& s) { return 16 * (kTiles * (s.channels + s.features) + 2 * kGap); }
+long scratch_size(const Shape& s) {
+  return 16 * (kTiles * (s.channels + s.features) + 2 * kGap) + s.channels;
+}
 
 long tiles(const Shape& s) { return s.images * ((s.out_rows + 1) / 2) * ((s.out_columns + 1) / 2); }
 

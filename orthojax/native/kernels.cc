@@ -229,37 +229,72 @@ inline Tile tile_at(const Shape& s, long index) {
   return {row / down, 2 * (row % down), 2 * (index % across)};
 }
 
-alignas(64) const float kZeros[16] = {};
+inline void advance(const Shape& s, Tile& tile) {
+  if ((tile.column += 2) < s.out_columns) return;
+  tile.column = 0;
+  if ((tile.row += 2) < s.out_rows) return;
+  tile.row = 0;
+  ++tile.image;
+}
 
-// B' d B of one tile, all channels; `step` floats between frequencies.
-void transform_input(const Shape& s, const float* x, Tile tile, float* to, long step) {
-  const float* from[4][4];
-  long move[4][4];
-  const long channels = s.channels;
-  for (int i = 0; i < 4; ++i)
-    for (int j = 0; j < 4; ++j) {
-      const long row = tile.row - s.top + i, column = tile.column - s.left + j;
-      const bool inside = row >= 0 && row < s.rows && column >= 0 && column < s.columns;
-      const long pixel = (tile.image * s.rows + row) * s.columns + column;
-      from[i][j] = inside ? x + pixel * channels : kZeros;
-      move[i][j] = inside ? 1 : 0;
-    }
-  for (long c = 0; c < channels; c += L) {
-    Vec t[4][4];
+// B' d B of 16 pixels' vectors, of which `at(i, j)` gives the address.
+template <class Address>
+inline void transform_pixels(const Address& at, float* to, long step) {
+  Vec t[4][4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const Vec a = load(from[0][j] + c * move[0][j]), b = load(from[1][j] + c * move[1][j]);
-      const Vec d = load(from[2][j] + c * move[2][j]), e = load(from[3][j] + c * move[3][j]);
-      t[0][j] = a - d, t[1][j] = b + d, t[2][j] = d - b, t[3][j] = b - e;
-    }
+  for (int j = 0; j < 4; ++j) {
+    const Vec a = load(at(0, j)), b = load(at(1, j)), d = load(at(2, j)), e = load(at(3, j));
+    t[0][j] = a - d, t[1][j] = b + d, t[2][j] = d - b, t[3][j] = b - e;
+  }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      store(to + (4 * i) * step + c, t[i][0] - t[i][2]);
-      store(to + (4 * i + 1) * step + c, t[i][1] + t[i][2]);
-      store(to + (4 * i + 2) * step + c, t[i][2] - t[i][1]);
-      store(to + (4 * i + 3) * step + c, t[i][1] - t[i][3]);
+  for (int i = 0; i < 4; ++i) {
+    store(to + (4 * i) * step, t[i][0] - t[i][2]);
+    store(to + (4 * i + 1) * step, t[i][1] + t[i][2]);
+    store(to + (4 * i + 2) * step, t[i][2] - t[i][1]);
+    store(to + (4 * i + 3) * step, t[i][1] - t[i][3]);
+  }
+}
+
+struct Inside {
+  const float* rows[4];
+  long channels;
+  const float* operator()(int i, int j) const { return rows[i] + j * channels; }
+};
+
+struct AtBorder {
+  const float* pixels[16];
+  long channel;
+  const float* operator()(int i, int j) const { return pixels[4 * i + j] + channel; }
+};
+
+// Of one tile, all channels; `step` floats between frequencies. `zeros` stands for a pixel outside.
+void transform_input(const Shape& s, const float* x, Tile tile, const float* zeros, float* to,
+                     long step) {
+  const long channels = s.channels, top = tile.row - s.top, left = tile.column - s.left;
+  const float* image = x + tile.image * s.rows * s.columns * channels;
+  if (top >= 0 && top + 4 <= s.rows && left >= 0 && left + 4 <= s.columns) {
+    Inside at = {{}, channels};
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) at.rows[i] = image + ((top + i) * s.columns + left) * channels;
+    for (long c = 0; c < channels; c += L) {
+      transform_pixels(at, to + c, step);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) at.rows[i] += L;
+    }
+    return;
+  }
+  AtBorder at;
+  for (int i = 0; i < 4; ++i) {
+    const long row = top + i;
+    const bool present = row >= 0 && row < s.rows;
+    const float* first = image + (row * s.columns + left) * channels;
+    for (int j = 0; j < 4; ++j) {
+      const bool inside = present && left + j >= 0 && left + j < s.columns;
+      at.pixels[4 * i + j] = inside ? first + j * channels : zeros;
     }
   }
+  for (at.channel = 0; at.channel < channels; at.channel += L)
+    transform_pixels(at, to + at.channel, step);
 }
 
 // A' m A of one tile, all features, into the outputs that exist.
@@ -309,14 +344,17 @@ void winograd(const Shape& s, const float* x, const float* transformed, float* y
   const long in_step = kTiles * s.channels + kGap, out_step = kTiles * s.features + kGap;
   float* inputs = scratch;
   float* outputs = scratch + 16 * in_step;
+  float* zeros = outputs + 16 * out_step;
+  clear(zeros, s.channels);
   Product product;
   product.taps = 1;
   product.depth = product.in_step = s.channels;
   product.out_step = s.features;
   for (long begin = first; begin < last; begin += kTiles) {
     const long count = least(kTiles, last - begin);
-    for (long t = 0; t < count; ++t)
-      transform_input(s, x, tile_at(s, begin + t), inputs + t * s.channels, in_step);
+    Tile tile = tile_at(s, begin);
+    for (long t = 0; t < count; ++t, advance(s, tile))
+      transform_input(s, x, tile, zeros, inputs + t * s.channels, in_step);
     for (long f = 0; f < 16; ++f) {
       product.in[0] = inputs + f * in_step;
       for (long k = 0; k < s.features; k += 2 * L) {
@@ -326,8 +364,9 @@ void winograd(const Shape& s, const float* x, const float* transformed, float* y
         multiply_block(product, count, product.weight_step);
       }
     }
-    for (long t = 0; t < count; ++t)
-      transform_output(s, outputs + t * s.features, out_step, tile_at(s, begin + t), y);
+    tile = tile_at(s, begin);
+    for (long t = 0; t < count; ++t, advance(s, tile))
+      transform_output(s, outputs + t * s.features, out_step, tile, y);
   }
 }
 
@@ -384,11 +423,13 @@ void winograd_gradient(const Shape& s, const float* x, const float* dy, float* f
   const long in_step = kTiles * s.channels + kGap, out_step = kTiles * s.features + kGap;
   float* inputs = scratch;
   float* cotangents = scratch + 16 * in_step;
+  float* zeros = cotangents + 16 * out_step;
+  clear(zeros, s.channels);
   for (long begin = first; begin < last; begin += kTiles) {
     const long count = least(kTiles, last - begin);
-    for (long t = 0; t < count; ++t) {
-      const Tile tile = tile_at(s, begin + t);
-      transform_input(s, x, tile, inputs + t * s.channels, in_step);
+    Tile tile = tile_at(s, begin);
+    for (long t = 0; t < count; ++t, advance(s, tile)) {
+      transform_input(s, x, tile, zeros, inputs + t * s.channels, in_step);
       transform_cotangent(s, dy, tile, cotangents + t * s.features, out_step);
     }
     const Loop once = {1, 0, 0}, tiles = {count, s.channels, s.features};

@@ -47,7 +47,7 @@ struct Kernels {
 
   // (3, 3, in, out) to 16 frequencies, in blocks of output channels.
   void (*winograd_kernel)(const float* weights, long channels, long features, float* transformed);
-  // Tiles `first` to `last`; scratch of 16 * (kTiles * (channels + features) + 2 * kGap).
+  // Tiles `first` to `last`; scratch of 16 * (kTiles * (channels + features) + 2 * kGap) + channels.
   void (*winograd)(const Shape&, const float* x, const float* transformed, float* y, long first,
                    long last, float* scratch);
   // Adds the tiles' part to `frequencies`, (16, channels, features).
