@@ -24,39 +24,43 @@ struct Product {
   float* out;
 };
 
+// For pixels p to p + P * blocks, and vectors v to v + V * L.
 template <int V, int P>
-void multiply(const Product& product, long p, long v) {
-  Vec sum[P][V];
-#pragma GCC unroll 24
-  for (int i = 0; i < P; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < V; ++j) sum[i][j] = zero();
+void multiply(const Product& product, long p, long v, long blocks) {
   const long step = product.in_step, weight_step = product.weight_step, depth = product.depth;
-  for (long tap = 0; tap < product.taps; ++tap) {
-    const float* in = product.in[tap] + p * step;
-    const float* weights = product.weights[tap] + v;
-    for (long c = 0; c < depth; ++c) {
-      Vec w[V];
-#pragma GCC unroll 2
-      for (int j = 0; j < V; ++j) w[j] = load(weights + j * L);
+  const long out_step = product.out_step, taps = product.taps;
+  float* out = product.out + p * out_step + v;
+  for (long block = 0; block < blocks; ++block, p += P) {
+    Vec sum[P][V];
 #pragma GCC unroll 24
-      for (int i = 0; i < P; ++i) {
-        const float x = in[i * step];
+    for (int i = 0; i < P; ++i)
 #pragma GCC unroll 2
-        for (int j = 0; j < V; ++j) sum[i][j] += x * w[j];
+      for (int j = 0; j < V; ++j) sum[i][j] = zero();
+    for (long tap = 0; tap < taps; ++tap) {
+      const float* in = product.in[tap] + p * step;
+      const float* weights = product.weights[tap] + v;
+      for (long c = 0; c < depth; ++c) {
+        Vec w[V];
+#pragma GCC unroll 2
+        for (int j = 0; j < V; ++j) w[j] = load(weights + j * L);
+#pragma GCC unroll 24
+        for (int i = 0; i < P; ++i) {
+          const float x = in[i * step];
+#pragma GCC unroll 2
+          for (int j = 0; j < V; ++j) sum[i][j] += x * w[j];
+        }
+        ++in;
+        weights += weight_step;
       }
-      ++in;
-      weights += weight_step;
     }
-  }
-  float* out = product.out + p * product.out_step + v;
 #pragma GCC unroll 24
-  for (int i = 0; i < P; ++i)
+    for (int i = 0; i < P; ++i, out += out_step)
 #pragma GCC unroll 2
-    for (int j = 0; j < V; ++j) store(out + i * product.out_step + j * L, sum[i][j]);
+      for (int j = 0; j < V; ++j) store(out + j * L, sum[i][j]);
+  }
 }
 
-typedef void (*Multiply)(const Product&, long, long);
+typedef void (*Multiply)(const Product&, long, long, long);
 
 #if ORTHOJAX_LANES == 8  // 16 registers
 constexpr long kMostOfOne = 12, kMostOfTwo = 6;
@@ -73,19 +77,13 @@ struct Table<V, 0> {
   static Multiply at(long) { return nullptr; }
 };
 
+// All pixels, in the fewest blocks of nearly equal size.
 template <int V, int Most>
 void multiply_all(const Product& product, long count, long v) {
-  const long blocks = (count + Most - 1) / Most;
-  const long size = blocks ? count / blocks : 0, larger = blocks ? count % blocks : 0;
-  long p = 0;
-  if (larger) {
-    const Multiply function = Table<V, Most>::at(size + 1);
-    for (long block = 0; block < larger; ++block, p += size + 1) function(product, p, v);
-  }
-  if (size) {
-    const Multiply function = Table<V, Most>::at(size);
-    for (; p < count; p += size) function(product, p, v);
-  }
+  if (count < 1) return;
+  const long blocks = (count + Most - 1) / Most, size = count / blocks, larger = count % blocks;
+  if (larger) Table<V, Most>::at(size + 1)(product, 0, v, larger);
+  Table<V, Most>::at(size)(product, larger * (size + 1), v, blocks - larger);
 }
 
 // All of `width` output channels, for `count` pixels.
