@@ -1,7 +1,7 @@
 // Convolution on CPUs for XLA's foreign function interface: forward and both gradients.
 //
 // float32, NHWC and HWIO, windows of 1x1 and 3x3, strides 1 and 2, "SAME" padding, channels in
-// multiples of 8. How the work is cut depends on shapes alone, and partial sums are added in a
+// multiples of 8; below 8 input channels (the first layer) there is no input gradient. How the work is cut depends on shapes alone, and partial sums are added in a
 // fixed order: results do not depend on the number of threads, nor on which of them is faster.
 
 #include <atomic>
@@ -140,8 +140,8 @@ std::string shape_of(const Images& x, const Images& y, ffi::Span<const int64_t> 
   s = {in[0], in[1], in[2], in[3], out[1], out[2], out[3], w[0], stride, 0, 0};
   const bool known = (s.window == 1 || s.window == 3) && w[1] == s.window &&
                      (stride == 1 || stride == 2) && w[2] == s.channels && w[3] == s.features &&
-                     s.channels > 0 && s.channels % 8 == 0 && s.features > 0 &&
-                     s.features % 8 == 0;
+                     s.channels > 0 && (s.channels < 8 || s.channels % 8 == 0) &&
+                     s.features > 0 && s.features % 8 == 0;
   if (!known || out[0] != s.images || s.out_rows != divide(s.rows, stride) ||
       s.out_columns != divide(s.columns, stride))
     return "orthojax: not a convolution that the native part computes";
@@ -151,7 +151,7 @@ std::string shape_of(const Images& x, const Images& y, ffi::Span<const int64_t> 
 }
 
 bool use_winograd(const Shape& s, int64_t algorithm) {
-  if (s.window != 3 || s.stride != 1 || algorithm == kDirect) return false;
+  if (s.window != 3 || s.stride != 1 || s.channels < 8 || algorithm == kDirect) return false;
   if (algorithm == kWinograd) return true;
   return s.channels >= 16 && s.features >= 16 && s.out_rows >= 4 && s.out_columns >= 4;
 }
@@ -251,7 +251,8 @@ float* transpose(const Shape& s, const float* w, bool mirrored) {
 ffi::Error input_gradient(ffi::ThreadPool pool, Images dy, Images w, Result dx, int64_t stride,
                           int64_t algorithm) {
   Shape s;
-  const std::string error = shape_of(*dx, dy, w.dimensions(), stride, s);
+  std::string error = shape_of(*dx, dy, w.dimensions(), stride, s);
+  if (s.channels < 8) error = "orthojax: no gradient for inputs of so few channels";
   if (!error.empty()) return ffi::Error::InvalidArgument(error);
   if (use_winograd(s, algorithm)) {
     // The convolution of dy with the mirrored kernel.

@@ -23,7 +23,8 @@ ALGORITHMS = {"automatic": 0, "direct": 1, "winograd": 2}
 def fits(x, kernel, strides) -> bool:
     """Whether a "SAME" convolution in NHWC and HWIO is one that the native part computes.
 
-    That is: float32, windows of 1×1 or 3×3, strides of 1 or 2, channels in multiples of 8.
+    That is: float32, windows of 1×1 or 3×3, strides of 1 or 2, channels in multiples of 8. The
+    input may also have fewer than 8 channels, like images; its gradient is then the equivalent.
 
     Args:
       x: (N, H, W, C).
@@ -32,7 +33,7 @@ def fits(x, kernel, strides) -> bool:
 
     Example:
       >>> x, kernel = jax.numpy.ones((1, 5, 5, 8)), jax.numpy.ones((3, 3, 8, 16))
-      >>> fits(x, kernel, (2, 2)), fits(x[..., :4], kernel[:, :, :4], (2, 2))
+      >>> fits(x, kernel, (2, 2)), fits(x, kernel[..., :12], (2, 2))
       (True, False)
     """
     return (
@@ -41,7 +42,8 @@ def fits(x, kernel, strides) -> bool:
         and kernel.shape[:2] in ((1, 1), (3, 3))
         and tuple(strides) in ((1, 1), (2, 2))
         and x.shape[3] == kernel.shape[2]
-        and not any(channels % 8 for channels in kernel.shape[2:])
+        and (kernel.shape[2] < 8 or kernel.shape[2] % 8 == 0)
+        and kernel.shape[3] % 8 == 0
         and 0 not in (*x.shape, *kernel.shape)
     )
 
@@ -67,6 +69,8 @@ def input_gradient(
     x, kernel, cotangent, stride: int, equivalent: Callable, algorithm: str = "automatic"
 ):
     """The gradient with respect to x, as `forward`; `equivalent` is of `x, kernel, cotangent`."""
+    if x.shape[3] < 8:
+        return equivalent(x, kernel, cotangent)
     return _bind(_input_gradient_p, (x, kernel, cotangent), stride, equivalent, algorithm)
 
 

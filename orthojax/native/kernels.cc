@@ -125,11 +125,13 @@ void gather_images(const Gather& g, const float* in, const float* weights, float
 }
 
 void copy(const float* from, float* to, long count) {
-  for (long c = 0; c < count; c += L) store(to + c, load(from + c));
+  long c = 0;
+  for (; c + L <= count; c += L) store(to + c, load(from + c));
+  for (; c < count; ++c) to[c] = from[c];
 }
 
 void clear(float* to, long count) {
-  for (long c = 0; c < count; c += L) store(to + c, zero());
+  for (long c = 0; c < count; ++c) to[c] = 0;
 }
 
 void gather_rows(const Gather& g, const float* in, const float* weights, float* out, long image,
@@ -403,17 +405,26 @@ void accumulate(const float* x, const float* y, Loop outer, Loop middle, Loop in
     for (int j = 0; j < V; ++j) store(gradient + i * step + j * L, sum[i][j]);
 }
 
+// V vectors of features and all channels, in blocks of `Deep`.
+template <int V, int Deep>
+void accumulate_channels(const float* x, const float* y, Loop outer, Loop middle, Loop inner,
+                         float* gradient, long channels, long features) {
+  for (; channels >= Deep; channels -= Deep, x += Deep, gradient += Deep * features)
+    accumulate<Deep, V>(x, y, outer, middle, inner, gradient, features);
+  for (; channels >= 3; channels -= 3, x += 3, gradient += 3 * features)
+    accumulate<3, V>(x, y, outer, middle, inner, gradient, features);
+  for (; channels >= 1; --channels, ++x, gradient += features)
+    accumulate<1, V>(x, y, outer, middle, inner, gradient, features);
+}
+
 void accumulate_block(const float* x, const float* y, Loop outer, Loop middle, Loop inner,
                       float* gradient, long channels, long features) {
-  constexpr int kDeep = L == 8 ? 4 : 8;
   long k = 0;
   for (; k + 2 * L <= features; k += 2 * L)
-    for (long c = 0; c < channels; c += kDeep)
-      accumulate<kDeep, 2>(x + c, y + k, outer, middle, inner, gradient + c * features + k,
-                           features);
+    accumulate_channels<2, L == 8 ? 4 : 8>(x, y + k, outer, middle, inner, gradient + k, channels,
+                                           features);
   if (k < features)
-    for (long c = 0; c < channels; c += 8)
-      accumulate<8, 1>(x + c, y + k, outer, middle, inner, gradient + c * features + k, features);
+    accumulate_channels<1, 8>(x, y + k, outer, middle, inner, gradient + k, channels, features);
 }
 
 void winograd_gradient(const Shape& s, const float* x, const float* dy, float* frequencies,

@@ -1,6 +1,7 @@
 // The inner loops of the convolution, compiled once for each instruction set from kernels.cc.
 //
-// Everything is float32. Images are NHWC, kernels HWIO, and channel counts multiples of `lanes`.
+// Everything is float32. Images are NHWC, kernels HWIO, and channel counts multiples of `lanes`; but
+// the functions that compute direct sums take any number of input channels.
 
 #pragma once
 
