@@ -17,6 +17,7 @@ import pathlib
 import sys
 
 from environment import environment
+from orthojax.launch.allocator import keep_freed_memory
 from orthojax.storage.paths import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -37,7 +38,15 @@ def main() -> int:
     parser.add_argument(
         "--baseline", type=local_path, default=ROOT / "docs" / "runs" / "benchmark" / "2.json"
     )
+    parser.add_argument(
+        "--keep_memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the memory that a step frees for the next one (CPUs, glibc)",
+    )
     arguments = parser.parse_args()
+    if arguments.keep_memory:
+        keep_freed_memory()
     if arguments.rounds < 2:
         parser.error(f"--rounds={arguments.rounds} shows no spread; give 2 or more")
 

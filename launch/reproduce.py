@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 
+from orthojax.launch.allocator import keep_freed_memory
 from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
 from orthojax.storage.paths import local_path
 
@@ -55,7 +56,15 @@ def main():
     parser.add_argument(
         "--resume", action="store_true", help="only go on with what is in the workdir"
     )
+    parser.add_argument(
+        "--keep_memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the memory that a step frees for the next one (CPUs, glibc)",
+    )
     arguments = parser.parse_args()
+    if arguments.keep_memory:
+        keep_freed_memory()
     leave_on_signals()
     if arguments.seeds < 1:
         parser.error(f"--seeds={arguments.seeds}: there must be one")

@@ -11,6 +11,7 @@ import sys
 from absl import flags
 
 from orthojax.console import tell
+from orthojax.launch.allocator import keep_freed_memory
 from orthojax.launch.command_line import run
 from orthojax.launch.config_flag import config_name, define_config, load_config
 
@@ -19,6 +20,9 @@ def define_flags():
     define_config()
     flags.DEFINE_string(
         "workdir", None, "Directory of this run's own; runs/<config name> by default."
+    )
+    flags.DEFINE_bool(
+        "keep_memory", True, "Keep the memory that a step frees for the next one (CPUs, glibc)."
     )
     flags.DEFINE_bool(
         "distributed",
@@ -37,6 +41,8 @@ def main():
     from orthojax.training.train import train_and_evaluate
 
     options = flags.FLAGS
+    if options.keep_memory:
+        keep_freed_memory()
     config = load_config()
     workdir = options.workdir or str(pathlib.Path("runs", config_name()))
     peers = (options.coordinator, options.processes, options.process_id)

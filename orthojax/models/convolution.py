@@ -1,8 +1,9 @@
-"""Convolution with a faster gradient on CPUs.
+"""Convolution that is faster on CPUs: the native one, or else another gradient in plain JAX.
 
-XLA:CPU leaves its fast path for the gradient of a convolution with respect to the kernel once
-that stands inside a loop (a scanned stage): 15 to 40 times slower than outside it was measured.
-And it is slow for images of few pixels anywhere. The same sums, written differently, are not.
+`orthojax.native` computes what it can. For the rest: XLA:CPU leaves its fast path for the gradient
+of a convolution with respect to the kernel once that stands inside a loop (a scanned stage): 15 to
+40 times slower than outside it was measured. And it is slow for images of few pixels anywhere. The
+same sums, written differently, are not.
 """
 
 import functools
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from orthojax import native
 from orthojax.sites import vary_like
 
 # Up to this many output positions one matrix product over patches beats XLA:CPU's convolution.
@@ -32,10 +34,11 @@ def conv_general_dilated(
     """`jax.lax.conv_general_dilated`, formulated for the platform that it is compiled for.
 
     Drop-in for `flax.linen.Conv(conv_general_dilated=...)`. Compiled for CPUs, a 2-D NHWC "SAME"
-    convolution with stride 1, odd window, and no dilation or groups gets a gradient of its own,
-    equal to XLA's up to rounding; everything else, and every other platform, is XLA's as it is.
-    What counts is the program's platform and not the machine's: a program for a TPU may be
-    compiled where there is none.
+    convolution with no dilation or groups is the native one where `orthojax.native.fits`; with
+    stride 1 and an odd window it gets at least a gradient of its own. Both are equal to XLA's up to
+    rounding; everything else, and every other platform, is XLA's as it is. What counts is the
+    program's platform and not the machine's: a program for a TPU may be compiled where there is
+    none.
 
     Args and returns: those of `jax.lax.conv_general_dilated`.
     """
@@ -43,15 +46,20 @@ def conv_general_dilated(
         lhs.ndim == 4
         and isinstance(padding, str)
         and padding == "SAME"
-        and all(stride == 1 for stride in window_strides)
         and all(d == 1 for d in (*(lhs_dilation or ()), *(rhs_dilation or ())))
         and feature_group_count == 1
         and not any(kwargs.values())
-        and all(size % 2 for size in rhs.shape[:2])
         and _is_nhwc(dimension_numbers, lhs, rhs)
+        and (
+            native.fits(lhs, rhs, window_strides)
+            or (
+                all(stride == 1 for stride in window_strides)
+                and all(size % 2 for size in rhs.shape[:2])
+            )
+        )
     )
     if ours:
-        return _convolve(lhs, vary_like(lhs, rhs), precision)
+        return _convolve(lhs, vary_like(lhs, rhs), window_strides[0], precision)
     return lax.conv_general_dilated(
         lhs,
         rhs,
@@ -73,11 +81,7 @@ def _is_nhwc(numbers, lhs, rhs):
     ) == lax.conv_dimension_numbers(lhs.shape, rhs.shape, nhwc)
 
 
-_nhwc = functools.partial(
-    lax.conv_general_dilated,
-    window_strides=(1, 1),
-    dimension_numbers=("NHWC", "HWIO", "NHWC"),
-)
+_nhwc = functools.partial(lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def _pads(kernel):
@@ -98,9 +102,14 @@ def _patches(x, kernel):
 
 def _correlate(x, kernel):
     if x.shape[1] * x.shape[2] > PATCHES_UP_TO:
-        return _nhwc(x, kernel, padding=_pads(kernel))
+        return _nhwc(x, kernel, (1, 1), _pads(kernel))
     y = _patches(x, kernel) @ kernel.reshape(-1, kernel.shape[-1])
     return y.reshape(*x.shape[:3], kernel.shape[-1])
+
+
+def _input_gradient(x, kernel, cotangent):
+    del x
+    return _correlate(cotangent, jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3))
 
 
 def _kernel_gradient(x, kernel, cotangent):
@@ -112,33 +121,70 @@ def _kernel_gradient(x, kernel, cotangent):
     images = jnp.transpose(x, (3, 1, 2, 0))
     windows = jnp.transpose(cotangent, (1, 2, 0, 3))
     images, windows = lax.optimization_barrier((images, windows))
-    gradient = _nhwc(images, windows, padding=_pads(kernel))
+    gradient = _nhwc(images, windows, (1, 1), _pads(kernel))
     return jnp.transpose(gradient, (1, 2, 0, 3))
 
 
-def _cpu_gradients(x, kernel, cotangent):
-    mirrored = jnp.swapaxes(jnp.flip(kernel, (0, 1)), 2, 3)
-    return _correlate(cotangent, mirrored), _kernel_gradient(x, kernel, cotangent)
+@functools.cache
+def _same(stride, precision=None):
+    return functools.partial(
+        _nhwc, window_strides=(stride, stride), padding="SAME", precision=precision
+    )
 
 
-def _same(precision):
-    return functools.partial(_nhwc, padding="SAME", precision=precision)
+@functools.cache
+def _in_jax(stride):
+    """For CPUs without the native part: the convolution and its two gradients."""
+    if stride == 1:
+        return _correlate, _input_gradient, _kernel_gradient
+
+    def gradient(argument):
+        return lambda *primals_and_cotangent: _gradients(_same(stride), *primals_and_cotangent)[
+            argument
+        ]
+
+    return _same(stride), gradient(0), gradient(1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _convolve(x, kernel, precision):
-    return lax.platform_dependent(x, kernel, cpu=_correlate, default=_same(precision))
+def _gradients(convolve, x, kernel, cotangent):
+    return jax.vjp(convolve, x, kernel)[1](cotangent)
 
 
-def _forward(x, kernel, precision):
-    return _convolve(x, kernel, precision), (x, kernel)
+def _cpu(x, kernel, stride):
+    convolve, _, _ = _in_jax(stride)
+    if native.fits(x, kernel, (stride, stride)):
+        return native.forward(x, kernel, stride, convolve)
+    return convolve(x, kernel)
 
 
-def _backward(precision, residuals, cotangent):
-    def gradients(x, kernel, cotangent):
-        return jax.vjp(_same(precision), x, kernel)[1](cotangent)
+def _cpu_gradients(x, kernel, cotangent, stride):
+    operands = (x, kernel, cotangent)
+    _, input_gradient, kernel_gradient = _in_jax(stride)
+    if native.fits(x, kernel, (stride, stride)):
+        return (
+            native.input_gradient(*operands, stride, input_gradient),
+            native.kernel_gradient(*operands, stride, kernel_gradient),
+        )
+    return input_gradient(*operands), kernel_gradient(*operands)
 
-    return lax.platform_dependent(*residuals, cotangent, cpu=_cpu_gradients, default=gradients)
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x, kernel, stride, precision):
+    cpu = functools.partial(_cpu, stride=stride)
+    return lax.platform_dependent(x, kernel, cpu=cpu, default=_same(stride, precision))
+
+
+def _forward(x, kernel, stride, precision):
+    return _convolve(x, kernel, stride, precision), (x, kernel)
+
+
+def _backward(stride, precision, residuals, cotangent):
+    return lax.platform_dependent(
+        *residuals,
+        cotangent,
+        cpu=functools.partial(_cpu_gradients, stride=stride),
+        default=functools.partial(_gradients, _same(stride, precision)),
+    )
 
 
 _convolve.defvjp(_forward, _backward)

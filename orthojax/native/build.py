@@ -1,0 +1,168 @@
+"""Builds the C++ part into the cache directory and registers it with XLA, at most once a process.
+
+What is built is found again by its name, which holds a digest of the sources, of the flags, of the
+compiler's version and of jaxlib's: a new jaxlib builds anew.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jaxlib
+from absl import logging
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+SWITCH = "ORTHOJAX_NATIVE"
+HANDLERS = ("forward", "input_gradient", "kernel_gradient")
+
+_HERE = pathlib.Path(__file__).resolve().parent
+_SOURCES = ("kernels.h", "kernels.cc", "convolution.cc")
+_FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-ffp-contract=fast", "-w")
+_KERNELS = {  # one object file for each instruction set
+    "avx2": ("-mavx2", "-mfma", "-DORTHOJAX_LANES=8", "-DORTHOJAX_NAME=kAvx2"),
+    "avx512": ("-mavx512f", "-mavx2", "-mfma", "-DORTHOJAX_LANES=16", "-DORTHOJAX_NAME=kAvx512"),
+}
+_TIMEOUT = 300  # seconds for one run of the compiler
+
+
+class _Unavailable(Exception):
+    """The native part cannot be built here; the message says why."""
+
+
+@functools.cache
+def targets() -> dict[str, str] | None:
+    """Names under which XLA knows the handlers, by handler; None where there are none.
+
+    Builds them if need be. Why there are none is logged in one line, unless the environment
+    variable `ORTHOJAX_NATIVE=0` asked for that.
+    """
+    if os.environ.get(SWITCH, "1") == "0":
+        return None
+    try:
+        return load(build(cache_directory()))
+    except (_Unavailable, OSError) as error:
+        logging.warning("XLA's convolutions are used instead of the native ones: %s", error)
+        return None
+
+
+def cache_directory() -> pathlib.Path:
+    """`$XDG_CACHE_HOME/orthojax/native`, in `~/.cache` where that is not an absolute path."""
+    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
+    if not os.path.isabs(root):
+        root = os.path.expanduser("~/.cache")
+    return pathlib.Path(root, "orthojax", "native")
+
+
+def build(directory: pathlib.Path, *extra_flags: str) -> pathlib.Path:
+    """The shared library, built in `directory` unless it is there; others wait for who builds.
+
+    Args:
+      directory: is made if it does not exist.
+      extra_flags: of the compiler.
+
+    Raises:
+      OSError: the directory cannot be written.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64") or os.name != "posix":
+        raise _Unavailable(f"they are not written for {platform.system()} on {platform.machine()}")
+    compiler = _compiler()
+    library = directory / f"{_digest(compiler, extra_flags)}.so"
+    if library.exists():
+        return library
+    directory.mkdir(parents=True, exist_ok=True)
+    with _lock(library.with_suffix(".lock")):
+        if not library.exists():
+            logging.info("building %s with %s", library, compiler[0])
+            _compile(compiler, extra_flags, library)
+    return library
+
+
+def load(library: pathlib.Path) -> dict[str, str]:
+    """Registers the handlers of a built library; returns XLA's names of them, by handler."""
+    loaded = ctypes.CDLL(str(library))
+    if not loaded.orthojax_supported():
+        raise _Unavailable("this processor has no AVX2")
+    names = {handler: f"orthojax_{handler}_{library.stem}" for handler in HANDLERS}
+    for handler, name in names.items():
+        function = jax.ffi.pycapsule(getattr(loaded, f"orthojax_{handler}"))
+        jax.ffi.register_ffi_target(name, function, platform="cpu")
+    return names
+
+
+def _compiler() -> list[str]:
+    """The command of the C++ compiler: `$CXX`, or the first that is there."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    for command in (given, ["c++"], ["g++"], ["clang++"]):
+        if command and (path := shutil.which(command[0])):
+            return [path, *command[1:]]
+    raise _Unavailable("there is no C++ compiler ($CXX, c++, g++, clang++)")
+
+
+def _digest(compiler, extra_flags) -> str:
+    digest = hashlib.sha256()
+    parts = [(_HERE / name).read_text() for name in _SOURCES]
+    parts += [jaxlib.__version__, _run([*compiler, "--version"]), *compiler, *_FLAGS, *extra_flags]
+    parts += [flag for flags in _KERNELS.values() for flag in flags]
+    for part in parts:
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _compile(compiler, extra_flags, library):
+    with tempfile.TemporaryDirectory(dir=library.parent) as place:
+        command = [*compiler, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+        objects = {"convolution": ("convolution.cc", ())}
+        objects |= {name: ("kernels.cc", flags) for name, flags in _KERNELS.items()}
+        for name, (source, flags) in objects.items():
+            _run(
+                [
+                    *command,
+                    *flags,
+                    *extra_flags,
+                    "-c",
+                    str(_HERE / source),
+                    "-o",
+                    f"{place}/{name}.o",
+                ]
+            )
+        built = f"{place}/{library.name}"
+        _run([*compiler, "-shared", "-o", built, *(f"{place}/{name}.o" for name in objects)])
+        os.replace(built, library)  # at once: whoever sees it, sees all of it
+
+
+def _run(command) -> str:
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, errors="replace"
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _Unavailable(f"{command[0]} took more than {_TIMEOUT} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise _Unavailable(f"{command[0]} failed: {first.strip()}")
+    return done.stdout
+
+
+@contextlib.contextmanager
+def _lock(path):
+    """Held by one process at a time, where the file system has locks."""
+    with open(path, "w") as file:
+        if fcntl is not None:
+            # Without locks each process builds for itself, and the last one's stays.
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
