@@ -141,7 +141,7 @@ def exit_status(main):
         tell(f"error: {error}")
         return 2
     except Interrupted as stop:
-        tell(stop)
+        tell(str(stop))
         return 128 + stop.signal_number
     except ProcessesMissing as missing:
         tell(f"error: {missing}")
