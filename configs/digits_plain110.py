@@ -52,6 +52,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "log_every": 10,
             "eval_every": 50,
             "checkpoint_every": 50,
+            "recalibrate_bn": 0,
             "keep_checkpoints": 3,
             "tensorboard": False,
             "mesh": {"data": -1, "fsdp": 1},
@@ -61,6 +62,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
         config.model.kernel_init, config.model.bn_bias = "orthonormal", 0.0
         config.optimizer.learning_rate = 0.06
         config.schedule = {"name": "linear", "warmup_steps": min(20, steps)}
+        config.recalibrate_bn = 1_280
         config.clip_grad_norm = 1.0  # a burst of the error does not undo what has been learned
         config.log_every, config.eval_every, config.checkpoint_every = 50, 250, 250
     return config

@@ -10,6 +10,9 @@ from flax import linen as nn
 from orthojax.models.convolution import conv_general_dilated
 from orthojax.models.normalization import BatchNorm
 
+#: Of the running statistics of batch normalization.
+BN_MOMENTUM = 0.9
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
@@ -65,7 +68,7 @@ class ConvBN(nn.Module):
             relu=self.relu,
             modulated=spec.modulated,
             groups=spec.bn_groups,
-            momentum=0.9,
+            momentum=BN_MOMENTUM,
             epsilon=1e-5,
             dtype=spec.dtype,
             bias_init=nn.initializers.constant(spec.bn_bias),

@@ -29,11 +29,18 @@ _PACKAGES = (
     *("orbax-checkpoint", "tensorflow-datasets", "numpy"),
 )
 CONFIG = "config.json"
-# Beginnings of the keys that no result depends on: where the run takes place, what it reads and how
-# fast, and what is written meanwhile.
+# Beginnings of the keys that training does not depend on: where it takes place, what it reads and
+# how fast, how it is evaluated, and what is written meanwhile.
 _WITHOUT_EFFECT = (
     *("mesh.", "dataset.data_dir:", "dataset.cache_dir:", "dataset.workers:", "dataset.threads:"),
-    *("log_every:", "eval_every:", "checkpoint_every:", "observe_every:", "keep_checkpoints:"),
+    *(
+        "log_every:",
+        "eval_every:",
+        "checkpoint_every:",
+        "observe_every:",
+        "keep_checkpoints:",
+        "recalibrate_bn:",
+    ),
     "tensorboard:",
 )
 # What a process killed inside `claim` may leave behind before config.json exists.

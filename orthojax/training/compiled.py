@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from orthojax.parallel.mesh import (
 )
 from orthojax.training.experiment import Experiment, TracedHyperparams
 from orthojax.training.state import TrainState, init_state
-from orthojax.training.step import Metrics, make_eval_step, make_train_step
+from orthojax.training.step import Metrics, make_eval_step, make_recalibrate, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class CompiledSteps:
       compiled_init: `seed -> state`.
       compiled_train_step: `(state, batch, hyperparams) -> (state, metrics)`.
       eval_step: `(state, batch) -> sums`.
+      recalibrate: `state -> state` with BN statistics for evaluation; the state itself where the
+        config wants the running ones.
       rows: which rows of a batch this process supplies.
       put: this process's rows of a batch to the devices.
       compile_seconds: what compiling took.
@@ -40,6 +43,7 @@ class CompiledSteps:
     compiled_init: jax.stages.Compiled
     compiled_train_step: jax.stages.Compiled
     eval_step: jax.stages.Compiled
+    recalibrate: Callable[[TrainState], TrainState]
     rows: np.ndarray
     put: Any
     compile_seconds: float
@@ -68,6 +72,7 @@ def compile_steps(experiment: Experiment) -> CompiledSteps:
         compiled_init=init.lower(_abstract_hyperparams(experiment).seed).compile(),
         compiled_train_step=lower_train_step(experiment).compile(),
         eval_step=_lower_eval_step(experiment).compile(),
+        recalibrate=_compile_recalibrate(experiment),
         rows=rows,
         put=functools.partial(to_devices, split, batch_size, rows),
         compile_seconds=time.monotonic() - start,
@@ -106,6 +111,30 @@ def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
     batch = _abstract_batch(experiment, image="uint8", label="int32", mask="float32")
     jitted = jax.jit(step, out_shardings=replicated(experiment.mesh))
     return jitted.lower(abstract_state(experiment), batch)
+
+
+def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], TrainState]:
+    settings, dataset, mesh = experiment.settings, experiment.dataset, experiment.mesh
+    size = settings.recalibrate_bn
+    if not size:
+        return lambda state: state
+    split = batch_sharding(mesh, size)
+    rows = local_rows(split, size)
+    recalibrate = make_recalibrate(experiment.net, dataset.normalize, _gather(experiment))
+    state = abstract_state(experiment)
+    images = jax.ShapeDtypeStruct((size, *dataset.image_shape), "uint8", sharding=split)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    compiled = jax.jit(recalibrate, out_shardings=shardings).lower(state, images).compile()
+
+    @functools.cache
+    def batch():
+        batches = dataset.train_batches(size, settings.seed, rows)
+        try:
+            return to_devices(split, size, rows, next(batches)["image"])
+        finally:
+            batches.close()
+
+    return lambda state: compiled(state, batch())
 
 
 def _init(experiment: Experiment):

@@ -45,6 +45,8 @@ class Settings:
       eval_every: steps between evaluations on the test split; there is always one at the end.
       checkpoint_every: steps between checkpoints; there is always one at the end.
       observe_every: steps between records of the layers (`orthojax.training.observe`); 0 is never.
+      recalibrate_bn: evaluate with the BN statistics of one pass over this many training images at
+        once; 0 takes the running ones, which a deep net from a chaotic start cannot use.
       keep_checkpoints: how many of the newest are kept.
       tensorboard: write TensorBoard events too (extra `[tensorboard]`).
       mesh: `data` and `fsdp`, see `orthojax.parallel.mesh.make_mesh`. What is computed does not
@@ -66,6 +68,7 @@ class Settings:
     eval_every: int = 100
     checkpoint_every: int = 100
     observe_every: int = 0
+    recalibrate_bn: int = 0
     keep_checkpoints: int = 3
     tensorboard: bool = False
     mesh: Mapping = dataclasses.field(default_factory=dict)
@@ -79,8 +82,9 @@ class Settings:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(f"`clip_grad_norm` is {self.clip_grad_norm}; it must be above 0")
-        if self.observe_every < 0:
-            raise ConfigError(f"`observe_every` is {self.observe_every}; it must be at least 0")
+        for key in ("observe_every", "recalibrate_bn"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 0")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"`seed` is {self.seed}; it must be from 0 to {2**32 - 1}")
 
@@ -155,6 +159,10 @@ def build(
     settings = bind(Settings, config, "")
     mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
     batch_sharding(mesh, settings.batch_size)
+    if settings.recalibrate_bn % mesh.size:
+        raise ConfigError(
+            f"recalibrate_bn={settings.recalibrate_bn} cannot be split over {mesh.size} devices"
+        )
     optimizer, schedule = _explained(
         "optimizer or regularizer", lambda: _optimizer_and_schedule(settings, mesh)
     )
@@ -167,6 +175,11 @@ def build(
         )
     dataset = bind(data.implementation(load, settings.dataset), settings.dataset, "dataset")
     dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
+    if settings.recalibrate_bn > dataset.train_size:
+        raise ConfigError(
+            f"`recalibrate_bn` is {settings.recalibrate_bn}; there are {dataset.train_size} "
+            "training images"
+        )
     net = net.clone(num_classes=dataset.num_classes)
     return Experiment(settings, dataset, net, schedule, mesh)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from orthojax.models.blocks import BN_MOMENTUM
 from orthojax.sites import weights_only
 from orthojax.training.state import TrainState
 
@@ -96,6 +97,38 @@ def make_eval_step(
         }
 
     return eval_step
+
+
+def make_recalibrate(
+    net: nn.Module,
+    normalize: Callable[[jax.Array], jax.Array],
+    gather: Callable[[Any], Any] = lambda params: params,
+) -> Callable[[TrainState, jax.Array], TrainState]:
+    """The function that takes BN statistics from one batch, for evaluation.
+
+    A running average mixes batches, and each layer's statistics belong to what *that batch* was in
+    the layers below. In a chaotic net the mixture belongs to nothing: it tells one image from
+    another no better than chance, where statistics of one pass give the accuracy of training.
+
+    Args:
+      net: called as `net(images, train=True)`; it has `bn_groups`.
+      normalize: `uint8 images -> float images`.
+      gather: see `make_train_step`.
+
+    Returns:
+      `recalibrate(state, images) -> state`, with the statistics of the images in the place of the
+      running ones; it is for evaluation alone.
+    """
+    whole = net.clone(bn_groups=1)
+
+    def recalibrate(state: TrainState, images: jax.Array) -> TrainState:
+        nothing = jax.tree.map(jnp.zeros_like, state.batch_stats)
+        variables = {"params": gather(state.params), "batch_stats": nothing}
+        _, updated = whole.apply(variables, normalize(images), train=True, mutable=["batch_stats"])
+        found = jax.tree.map(lambda s: s / (1 - BN_MOMENTUM), updated.get("batch_stats", {}))
+        return state.replace(batch_stats=found)
+
+    return recalibrate
 
 
 def _cross_entropy(logits, labels):

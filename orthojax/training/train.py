@@ -165,6 +165,7 @@ def evaluate(
     experiment: Experiment, programs: CompiledSteps, state: TrainState
 ) -> dict[str, float]:
     """Mean loss and accuracies over the whole test split, every image exactly once."""
+    state = programs.recalibrate(state)
     totals = {"loss": 0.0, "correct": 0.0, "correct_top5": 0.0, "count": 0.0}
     batches = experiment.dataset.test_batches(experiment.settings.batch_size, programs.rows)
     computed = (programs.eval_step(state, programs.put(batch)) for batch in batches)
