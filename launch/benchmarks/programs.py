@@ -79,7 +79,7 @@ def make_step(compiled, next_batch=None, observe=None):
         state[0], metrics = compiled.train_step(state[0], next_batch())
         jax.block_until_ready(metrics)
         if observe is not None:
-            jax.device_get(observe(state[0].params, state[0].moments))
+            jax.device_get(observe(state[0].params, state[0].opt_state))
 
     return step
 
