@@ -9,11 +9,11 @@ def environment() -> dict:
     """As a dictionary of strings and numbers."""
     import jax
 
+    from orthojax.launch.command_line import program_name
     from orthojax.parallel.cores import usable_cores
 
-    program = pathlib.Path(sys.argv[0])
     return {
-        "command": " ".join(["python", f"{program.parent.name}/{program.name}", *sys.argv[1:]]),
+        "command": " ".join([program_name(), *sys.argv[1:]]),
         "processor": processor(),
         "cores": usable_cores(),
         "device": jax.devices()[0].device_kind,

@@ -77,15 +77,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh, batch_size: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh, batch_size: int, key: str = "batch_size") -> NamedSharding:
     """The leading axis is split over all devices.
+
+    Args:
+      mesh: from `make_mesh`.
+      batch_size: rows of the axis.
+      key: what the config calls them, for the message.
 
     Raises:
       ConfigError: the batch cannot be split evenly.
     """
     if batch_size % mesh.size:
         raise ConfigError(
-            f"batch_size={batch_size} cannot be split over {mesh.size} devices; choose a "
+            f"{key}={batch_size} cannot be split over {mesh.size} devices; choose a "
             "multiple of that, or fewer devices with mesh.data"
         )
     return NamedSharding(mesh, PartitionSpec(AXES))

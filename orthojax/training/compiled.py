@@ -123,8 +123,12 @@ def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], Train
     recalibrate = make_recalibrate(experiment.net, dataset.normalize, _gather(experiment))
     state = abstract_state(experiment)
     images = jax.ShapeDtypeStruct((size, *dataset.image_shape), "uint8", sharding=split)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    compiled = jax.jit(recalibrate, out_shardings=shardings).lower(state, images).compile()
+    # The statistics alone: the rest of the state would be copied on its way out.
+    statistics = jax.jit(
+        lambda state, images: recalibrate(state, images).batch_stats,
+        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.batch_stats),
+    )
+    compiled = statistics.lower(state, images).compile()
 
     @functools.cache
     def batch():
@@ -134,7 +138,7 @@ def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], Train
         finally:
             batches.close()
 
-    return lambda state: compiled(state, batch())
+    return lambda state: state.replace(batch_stats=compiled(state, batch()))
 
 
 def _init(experiment: Experiment):

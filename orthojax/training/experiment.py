@@ -158,11 +158,8 @@ def build(
     """
     settings = bind(Settings, config, "")
     mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
-    batch_sharding(mesh, settings.batch_size)
-    if settings.recalibrate_bn % mesh.size:
-        raise ConfigError(
-            f"recalibrate_bn={settings.recalibrate_bn} cannot be split over {mesh.size} devices"
-        )
+    for key in ("batch_size", "recalibrate_bn"):
+        batch_sharding(mesh, getattr(settings, key), key)
     optimizer, schedule = _explained(
         "optimizer or regularizer", lambda: _optimizer_and_schedule(settings, mesh)
     )
