@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from orthojax.caches import cache_directory
 from orthojax.console import tell
 
 Arrays = dict[str, np.ndarray]
@@ -19,11 +20,8 @@ _UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib
 
 
 def default_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/orthojax/datasets`, in `~/.cache` where that is not an absolute path."""
-    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    if not os.path.isabs(root):  # which its specification has ignored
-        root = os.path.expanduser("~/.cache")
-    return pathlib.Path(root) / "orthojax" / "datasets"
+    """Where decoded splits are kept: `datasets` in the user's cache."""
+    return cache_directory("datasets")
 
 
 def entry(

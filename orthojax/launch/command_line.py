@@ -10,6 +10,7 @@ import threading
 import jax
 from absl import app, flags, logging
 
+from orthojax import caches
 from orthojax.console import tell
 from orthojax.errors import UserError
 from orthojax.launch.config_flag import shipped_configs, without_overrides
@@ -69,11 +70,8 @@ def keep_compiled_programs():
 
 
 def cache_directory() -> str:
-    """Where compiled programs are kept: `orthojax/xla` in the user's cache."""
-    cache = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    if not os.path.isabs(cache):  # which its specification has ignored
-        cache = os.path.expanduser("~/.cache")
-    return os.path.join(cache, "orthojax", "xla")
+    """Where compiled programs are kept: `xla` in the user's cache."""
+    return str(caches.cache_directory("xla"))
 
 
 def program_name() -> str:

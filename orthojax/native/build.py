@@ -20,6 +20,8 @@ import jax
 import jaxlib
 from absl import logging
 
+from orthojax.caches import cache_directory
+
 try:
     import fcntl
 except ImportError:  # not on Windows
@@ -52,18 +54,10 @@ def targets() -> dict[str, str] | None:
     if os.environ.get(SWITCH, "1") == "0":
         return None
     try:
-        return load(build(cache_directory()))
+        return load(build(cache_directory("native")))
     except (_Unavailable, OSError) as error:
         logging.warning("XLA's convolutions are used instead of the native ones: %s", error)
         return None
-
-
-def cache_directory() -> pathlib.Path:
-    """`$XDG_CACHE_HOME/orthojax/native`, in `~/.cache` where that is not an absolute path."""
-    root = os.path.expanduser(os.environ.get("XDG_CACHE_HOME", ""))
-    if not os.path.isabs(root):
-        root = os.path.expanduser("~/.cache")
-    return pathlib.Path(root, "orthojax", "native")
 
 
 def build(directory: pathlib.Path, *extra_flags: str) -> pathlib.Path:
