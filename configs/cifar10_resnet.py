@@ -1,9 +1,9 @@
 """Residual twins of the plain nets on CIFAR-10, in the same protocol and preset."""
 
 from ml_collections import ConfigDict
-from orthojax.configs import cifar10_plain
 
 from orthojax.config import parse_arguments
+from orthojax.configs import cifar10_plain
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:

@@ -1,6 +1,7 @@
 """What `digits_plain110.py` cures: SGD and L2 from He initialization, all else equal."""
 
 from ml_collections import ConfigDict
+
 from orthojax.configs import digits_plain110
 
 

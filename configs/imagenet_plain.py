@@ -8,9 +8,9 @@ quarters of the run, coefficient 1e-4. It does not say how long a run is; `epoch
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
-from orthojax.configs.cifar10_plain import MODULATED_FRACTION
 
 from orthojax.config import parse_arguments
+from orthojax.configs.cifar10_plain import MODULATED_FRACTION
 from orthojax.isometry import isometric_bias
 
 TRAINING_IMAGES = 1_281_167

@@ -11,10 +11,9 @@ import math
 import pathlib
 import statistics
 
-from orthojax.configs.digits_plain110 import get_config
-
 from orthojax import orthonormality_error
 from orthojax.analysis.picture import new_picture, write_picture
+from orthojax.configs.digits_plain110 import get_config
 from orthojax.errors import DivergenceError
 from orthojax.models import unstack_blocks
 from orthojax.storage.checkpoint import Checkpointer

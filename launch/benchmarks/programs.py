@@ -5,10 +5,10 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from orthojax.configs import digits_plain110
-from orthojax.configs.cifar10_plain import get_config
 
 from orthojax import data
+from orthojax.configs import digits_plain110
+from orthojax.configs.cifar10_plain import get_config
 from orthojax.training.compiled import compile_steps, lower_train_step
 from orthojax.training.experiment import build
 

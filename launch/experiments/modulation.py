@@ -2,11 +2,10 @@
 
 import statistics
 
-from orthojax.configs import digits_plain110
-
 from experiments.arms import LADDER, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.configs import digits_plain110
 from orthojax.training.sweep import over_seeds, tuned
 
 TITLE = "Modulation from the paper's start, on the digits"

@@ -12,8 +12,8 @@ import shutil
 
 import jax
 import pytest
-from orthojax.configs import digits_plain110
 
+from orthojax.configs import digits_plain110
 from orthojax.launch import command_line
 from orthojax.launch.overrides import Override, apply
 from orthojax.training import train

@@ -2,8 +2,8 @@
 
 import pytest
 from ml_collections import ConfigDict
-from orthojax.configs import cifar10_plain, digits_plain110
 
+from orthojax.configs import cifar10_plain, digits_plain110
 from orthojax.errors import ConfigError, DatasetError
 from orthojax.launch.overrides import Override, apply
 from orthojax.training.experiment import build

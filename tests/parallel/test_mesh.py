@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from orthojax.configs import digits_plain110
 
 from orthojax.analysis.cost import all_reduces
+from orthojax.configs import digits_plain110
 from orthojax.errors import ConfigError
 from orthojax.parallel.mesh import (
     AXES,

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from orthojax.configs import digits_plain110
 
+from orthojax.configs import digits_plain110
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
 

@@ -12,8 +12,8 @@ import time
 
 import jax
 import pytest
-from orthojax.configs import digits_plain110
 
+from orthojax.configs import digits_plain110
 from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.checksums import find_damage
 from orthojax.storage.metrics import read_metrics

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from orthojax.configs import digits_plain110
 
 from orthojax import mean_correlation
+from orthojax.configs import digits_plain110
 from orthojax.models import BatchNorm, ImageNetResNet, PlainNet, in_order, unstack_blocks
 from orthojax.sites import SITE
 from orthojax.storage.metrics import read_metrics

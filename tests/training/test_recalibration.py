@@ -4,8 +4,8 @@ import chex
 import jax
 import numpy as np
 import pytest
-from orthojax.configs import digits_plain110
 
+from orthojax.configs import digits_plain110
 from orthojax.errors import ConfigError
 from orthojax.models import PlainNet
 from orthojax.storage.metrics import read_metrics

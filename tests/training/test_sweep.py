@@ -8,8 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from orthojax.configs import digits_plain110
 
+from orthojax.configs import digits_plain110
 from orthojax.errors import DivergenceError, WorkdirBusyError, WorkdirError
 from orthojax.storage.metrics import MetricWriter
 from orthojax.storage.workdir import claim

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+
+from orthojax import data
 from orthojax.configs import (
     cifar10_plain,
     cifar10_resnet,
@@ -25,8 +27,6 @@ from orthojax.configs import (
     imagenet_plain,
     imagenet_resnet,
 )
-
-from orthojax import data
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.modulator import find_state
 from orthojax.storage.metrics import MetricWriter, read_metrics
