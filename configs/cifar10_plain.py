@@ -35,6 +35,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "seed": 0,
             "steps": steps,
             "batch_size": 128,
+            "clip_grad_norm": placeholder(float),  # None: does not clip
             "dtype": "float32",
             "dataset": {
                 "name": "cifar10",
@@ -67,6 +68,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "log_every": 20 if cpu else 100,
             "eval_every": 100 if cpu else 1_000,
             "checkpoint_every": 100 if cpu else 1_000,
+            "recalibrate_bn": 0,
             "keep_checkpoints": 3,
             "tensorboard": False,
             "mesh": {"data": -1, "fsdp": 1},

@@ -35,14 +35,33 @@ def error_growth(bias: float) -> float:
       >>> [round(error_growth(bias), 3) for bias in (0.0, 1.0, 2.0)]
       [1.467, 1.12, 1.018]
     """
-    passed = math.erfc(-bias / math.sqrt(2)) / 2
+    return passed_share(bias) / relu_variance(bias)
+
+
+def passed_share(bias: float) -> float:
+    r""":math:`\Phi(\beta)`, the share of :math:`N(\beta, 1)` that a ReLU lets pass."""
+    return math.erfc(-bias / math.sqrt(2)) / 2
+
+
+def relu_variance(bias: float) -> float:
+    r""":math:`\mathrm{Var}[\mathrm{ReLU}(N(\beta, 1))]`.
+
+    Example:
+      >>> round(relu_variance(0.0), 4)  # (1 - 1/π) / 2
+      0.3408
+    """
+    if bias < 0:  # directly, where the complement would be nearly all of it
+        density = math.exp(-(bias**2) / 2) / math.sqrt(2 * math.pi)
+        passed = passed_share(bias)
+        mean = density + bias * passed
+        return (bias**2 + 1) * passed + bias * density - mean**2
     density = math.exp(-(bias**2) / 2) / math.sqrt(2 * math.pi)
     # With the complement of ReLU, max(-z, 0), whose moments vanish as the bias grows: so there is
     # no difference of large numbers. ReLU(z) = z + c, Var = 1 + Var[c] + 2 Cov[z, c].
     blocked = math.erfc(bias / math.sqrt(2)) / 2
     mean = density - bias * blocked
     square = (bias**2 + 1) * blocked - bias * density
-    return passed / (1 + (square - mean**2) - 2 * blocked)
+    return 1 + (square - mean**2) - 2 * blocked
 
 
 def isometric_bias(layers: int, growth: float = 6.8) -> float:

@@ -44,6 +44,7 @@ def modulation(
     tolerance: Any = 10.0,
     steps: Any = float("inf"),
     decay: Any = 0.9,
+    reference: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wraps an optimizer so that it trains a model with modulation sites.
 
@@ -68,6 +69,9 @@ def modulation(
         observes, and the weights are trained by `inner` alone, bit for bit.
       steps: modulate during the first `steps` updates only; infinity is always.
       decay: of the running moment, in [0, 1); a plain mean until `1 / (1 - decay)` are measured.
+      reference: a constant in the place of the running moment, for every site, the topmost too;
+        with a tolerance of 1 all layers then train on errors of one size, however small the loss
+        (backward gradient normalization). None is the running moment.
 
     TracedHyperparams may be traced, or set by `optax.inject_hyperparams`.
 
@@ -101,6 +105,7 @@ def modulation(
     _check("tolerance", tolerance, lambda v: v >= 1, "at least 1")
     _check("steps", steps, lambda v: v >= 0, "at least 0")
     _check("decay", decay, lambda v: 0 <= v < 1, "in [0, 1)")
+    _check("reference", reference, lambda v: 0 < v < float("inf"), "positive and finite")
     of_weights = optax.masked(optax.with_extra_args_support(inner), _weights)
 
     def init(params):
@@ -140,15 +145,18 @@ def modulation(
             return jnp.where(ran[top], keep * before + (1 - keep) * now, before)
 
         # A loss scale of S multiplies the moment by S² and the weight, once divided out, by 1 / S.
-        reference = average(state.reference, moment[top] * jnp.square(weight[top]))
+        running = average(state.reference, moment[top] * jnp.square(weight[top]))
         log_growth = average(
             state.log_growth, _log_growth(moment[downwards], scale[downwards], ran[downwards])
         )
         modulating = (state.count + 1 < steps) & (tolerance < jnp.inf)
 
-        bound = reference / jnp.square(jnp.where(ran[top], weight[top], 1))
+        wanted = running if reference is None else jnp.float32(reference)
+        bound = wanted / jnp.square(jnp.where(ran[top], weight[top], 1))
         low, high = bound / jnp.float32(tolerance), bound * jnp.float32(tolerance)
-        bounded = modulating & (sites[:, 2] >= 0) & (jnp.arange(len(sites)) != top)
+        bounded = modulating & (sites[:, 2] >= 0)
+        if reference is None:
+            bounded &= jnp.arange(len(sites)) != top
         new = jnp.stack(
             [jnp.where(bounded, low, 0), jnp.where(bounded, high, 0), sites[:, 2]], axis=1
         )
@@ -166,7 +174,7 @@ def modulation(
             inner_state,
             state.count + 1,
             measured,
-            reference,
+            running,
             log_growth,
             moments,
             scales,

@@ -15,8 +15,12 @@ ARMS = {
     "modulated": {"tolerance": 10.0},
     "tolerance 1": {"tolerance": 1.0},
     "tolerance 10,000": {"tolerance": 1e4},
+    "normalized error": {"tolerance": 1.0, "reference": 1.0},
     "off": None,
 }
+# LARS's rates are the relative change of a layer per step.
+LARS = {"name": "lars", "learning_rate": 0.01, "momentum": 0.9, "trust_coefficient": 1.0}
+RIVALS = ("normalized error", "LARS")
 # From the near-isometric start, whose error does not explode: at its best rate, and at four times.
 ISOMETRIC_STEPS = 300
 ISOMETRIC = {
@@ -31,6 +35,8 @@ ORDER = (
     *((110, arm) for arm in ("off", "SGD + L2", *ISOMETRIC)),
     (62, "tolerance 1"),
     (62, "tolerance 10,000"),
+    *((depth, arm) for depth in (62, 44) for arm in RIVALS),
+    *((110, arm) for arm in RIVALS),
     (302, "modulated"),
 )
 
@@ -40,11 +46,13 @@ def config(depth, arm):
     found = digits_plain110.get_config(f"depth={depth},method=ortho,steps={STEPS[depth]}")
     found.eval_every = found.checkpoint_every = STEPS[depth] // 2
     found.mesh.data = 1
-    with found.ignore_type():
+    with found.unlocked(), found.ignore_type():
         if arm == "SGD + L2":
             baseline = digits(depth, "l2")
             found.model.kernel_init = baseline.model.kernel_init
             found.modulation, found.regularizer = None, baseline.regularizer
+        elif arm == "LARS":
+            found.modulation, found.optimizer = None, LARS
         elif ARMS[arm] is None:
             found.modulation = None
         else:

@@ -1,10 +1,13 @@
 """How fast the error of a net grows on its way down, measured, at any depth."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from orthojax.models import PlainNet, in_order
-from orthojax.sites import SITE
+from orthojax.sites import SITE, is_site
 
 
 def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
@@ -30,17 +33,33 @@ def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
       (12,)
     """
     net = net.clone(modulated=True)
-    variables = dict(net.init(key, images[:1], train=False))
+    variables = net.init(key, images[:1], train=False)
+    moments = site_moments(net, variables, jax.random.fold_in(key, 1), images)
+    return jnp.log(moments[:-1])  # the topmost error has come from no site
+
+
+def site_moments(
+    net: PlainNet, variables: Mapping[str, Any], key: jax.Array, images: jax.Array
+) -> jax.Array:
+    """What arrives at every site when each hands the error down with a second moment of 1.
+
+    Args:
+      net: with sites.
+      variables: of the net, its sites' among them; what they hold does not matter.
+      key: of the cotangent of the logits.
+      images: float (N, H, W, C).
+
+    Returns:
+      float32 (layers,), from the images to the logits.
+    """
 
     def one(path, leaf):
-        is_site = path[-1].key == SITE
-        return leaf.at[..., :2].set(1) if is_site else leaf
+        return leaf.at[..., :2].set(1) if is_site(path) else leaf
 
     def loss(params):
         state = {**variables, "params": params}
         logits, _ = net.apply(state, images, train=True, mutable=["batch_stats"])
-        return jnp.sum(logits * jax.random.normal(jax.random.fold_in(key, 1), logits.shape))
+        return jnp.sum(logits * jax.random.normal(key, logits.shape))
 
     grads = jax.grad(loss)(jax.tree_util.tree_map_with_path(one, variables["params"]))
-    moments = [leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
-    return jnp.log(jnp.stack(moments[:-1]))  # the topmost error has come from no site
+    return jnp.stack([leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)])

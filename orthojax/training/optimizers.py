@@ -24,9 +24,10 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": optax.adam,
     "adamw": optax.adamw,
     "rmsprop": optax.rmsprop,
+    "lars": optax.lars,
 }
 # Of their arguments, those that make sense in a range alone, and which optax does not check.
-_FUNCTIONS = ("mask", "weight_decay_mask", "view")
+_FUNCTIONS = ("mask", "weight_decay_mask", "trust_ratio_mask", "view")
 _FRACTIONS = ("momentum", "decay", "rho", "b1", "b2")
 _NOT_NEGATIVE = (
     *("learning_rate", "weight_decay", "coefficient", "eps", "eps_root"),

@@ -1,0 +1,151 @@
+"""The growth ledger against float64 sums by hand, and where its theory is exact."""
+
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from orthojax.analysis.ledger import alignment, bias_term, growth_ledger
+from orthojax.isometry import error_growth, relu_variance
+from orthojax.models import PlainNet, in_order, unstack_blocks
+
+NET = PlainNet(depth=14, width=8, kernel_init="delta_orthonormal", bn_bias=1.0)
+IMAGES = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+KEY = jax.random.key(2)
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return NET.init(jax.random.key(0), IMAGES[:1], train=False)
+
+
+@pytest.fixture(scope="module")
+def ledger(variables):
+    return growth_ledger(NET, variables, KEY, IMAGES)
+
+
+def by_hand(variables):
+    """Input and output of every convolution, by Flax's own layers, in evaluation's statistics."""
+    seen = []
+
+    def spy(call, args, kwargs, context):
+        out = call(*args, **kwargs)
+        if isinstance(context.module, nn.Conv):
+            seen.append((np.asarray(args[0], np.float64), np.asarray(out, np.float64)))
+        return out
+
+    net = NET.clone(scan=False)
+    plain = {name: unstack_blocks(tree) for name, tree in variables.items()}
+    with nn.intercept_methods(spy):
+        net.apply(plain, IMAGES, train=True, mutable=["batch_stats"])
+    return seen
+
+
+def test_the_columns_add_up(ledger):
+    for entry in ledger:
+        np.testing.assert_allclose(entry.growth, entry.bias_term - entry.alignment + entry.rest)
+    total = ledger.total("bias_term") - ledger.total("alignment") + ledger.total("rest")
+    np.testing.assert_allclose(ledger.total(), total)
+
+
+def test_growth_is_that_of_the_moments_in_units_of_the_variances(variables, ledger):
+    seen = by_hand(variables)
+    units = np.array([out.var((0, 1, 2)).mean() * out.size for _, out in seen])
+    expected = growth_of_moments(variables) + np.log(units[:-1] / units[1:])
+    np.testing.assert_allclose([entry.growth for entry in ledger], expected, atol=1e-3)
+
+
+def growth_of_moments(variables):
+    """By probes: the gradient with respect to an addend at the output of every convolution."""
+    net = NET.clone(scan=False)
+    plain = {name: unstack_blocks(tree) for name, tree in variables.items()}
+
+    def loss(addends):
+        waiting = list(addends)
+
+        def add(call, args, kwargs, context):
+            out = call(*args, **kwargs)
+            return out + waiting.pop(0) if isinstance(context.module, nn.Conv) else out
+
+        with nn.intercept_methods(add):
+            logits, _ = net.apply(plain, IMAGES, train=True, mutable=["batch_stats"])
+        return jnp.sum(logits * jax.random.normal(KEY, logits.shape))
+
+    zeros = [np.zeros(out.shape, np.float32) for _, out in by_hand(variables)]
+    errors = jax.jit(jax.grad(loss))(zeros)
+    moments = [np.mean(np.square(np.asarray(e, np.float64))) for e in errors]
+    return np.log(np.array(moments[:-1]) / np.array(moments[1:]))
+
+
+def test_alignment_is_that_of_the_inputs_and_outputs(variables, ledger):
+    kernels = [
+        np.asarray(leaf, np.float64)
+        for path, leaf in in_order(variables["params"])
+        if path.endswith("conv/kernel")
+    ]
+    for entry, (x, out), kernel in zip(ledger, by_hand(variables)[1:], kernels[1:], strict=True):
+        a = out.var((0, 1, 2)).sum() / np.sum(kernel**2) / x.var((0, 1, 2)).mean()
+        np.testing.assert_allclose(entry.alignment, np.log(a), atol=1e-3)
+
+
+def test_a_kernel_that_sees_one_component_alone_has_all_the_alignment_there_is():
+    """C channels that are one and the same, and a kernel of ones: a = C."""
+    x = np.repeat(np.random.default_rng(0).normal(size=(500, 1)), 6, axis=1)
+    kernel = np.ones((1, 1, 6, 3))
+    out = x @ kernel[0, 0]
+    np.testing.assert_allclose(alignment(kernel, x.var(0), out.var(0)), np.log(6))
+
+
+@pytest.mark.parametrize("bias", [-3.0, -0.5, 0.0, 0.7, 2.0])
+def test_the_bias_term_is_the_growth_of_theory_where_channels_are_alike(bias):
+    scale = np.array([0.5, -0.5, 0.5])
+    expected = np.log(error_growth(bias))
+    np.testing.assert_allclose(bias_term(scale, 0.5 * bias * np.ones(3)), expected, rtol=1e-6)
+
+
+def test_the_bias_term_of_channels_that_differ_by_monte_carlo():
+    rng = np.random.default_rng(0)
+    scale, bias = rng.normal(1, 0.5, 8), rng.normal(0, 1, 8)
+    y = scale * rng.normal(size=(400_000, 8)) + bias
+    passed = np.mean(scale**2 * (y > 0))
+    expected = np.log(passed / np.mean(np.maximum(y, 0).var(0)))
+    np.testing.assert_allclose(bias_term(scale, bias), expected, atol=5e-3)
+
+
+@pytest.mark.parametrize("bias", [-2.0, -0.1, 0.0, 0.1, 3.0])
+def test_the_variance_of_a_relu_by_quadrature(bias):
+    z = np.linspace(-12, 12, 480_001) + bias
+    weight = np.exp(-((z - bias) ** 2) / 2) / np.sqrt(2 * np.pi) * (z[1] - z[0])
+    y = np.maximum(z, 0)
+    expected = np.sum(weight * y**2) - np.sum(weight * y) ** 2
+    np.testing.assert_allclose(relu_variance(bias), expected, rtol=1e-5)
+
+
+def test_at_a_near_isometric_start_the_bias_term_is_nearly_all():
+    """A wide net: what theory leaves out goes with the width."""
+    net = PlainNet(depth=8, width=32, kernel_init="delta_orthonormal", bn_bias=1.0)
+    variables = net.init(jax.random.key(0), IMAGES[:1], train=False)
+    ledger = growth_ledger(net, variables, KEY, IMAGES)
+    for entry, above in itertools.pairwise(ledger):
+        np.testing.assert_allclose(entry.bias_term, np.log(error_growth(1.0)), rtol=1e-6)
+        if "entry/layer_0" not in above.path:  # a stride of 2 drops pixels, and borders weigh more
+            assert abs(entry.rest) < 0.1
+            assert abs(entry.alignment) < 0.01
+
+
+def test_sites_scans_and_their_contents_change_nothing(variables, ledger):
+    sited = NET.clone(modulated=True).init(jax.random.key(0), IMAGES[:1], train=False)
+    again = growth_ledger(NET.clone(modulated=True), sited, KEY, IMAGES)
+    assert str(again) == str(ledger)
+    assert len(ledger) == NET.depth - 2
+
+
+def test_it_prints_a_row_for_every_layer_a_sum_and_a_verdict(ledger):
+    lines = str(ledger).splitlines()
+    assert len(lines) == len(ledger) + 3
+    assert lines[1].startswith("stem/conv")
+    assert "decades" in lines[-1]
+    assert "more than any" in str(type(ledger)([ledger[0]._replace(growth=20.0)]))
