@@ -11,6 +11,7 @@ kernel's scale is undone by its batch normalization, and so cancels) it splits i
 
 with :math:`b = \beta / \gamma` of the batch normalization in between, means over its C channels,
 and the kernel W above it, whose input is x and whose outputs have variances :math:`\sigma_j^2`.
+(Of W, a tap counts as often as it falls on the image and not on the padding.)
 
 * The **bias term** is that of near-isometric initialization, `orthojax.isometry.error_growth`,
   where all channels are alike: 0.383 at b = 0, and less the larger b, or the more it differs.
@@ -122,7 +123,8 @@ def growth_ledger(
     entries = []
     for value, layer, above in zip(growth, layers, layers[1:], strict=False):
         bias = bias_term(layer["scale"], layer["bias"])
-        ln_a = alignment(above["kernel"], above["input_variances"], above["variances"])
+        kernel = above["kernel"] * np.sqrt(above["coverage"])
+        ln_a = alignment(kernel, above["input_variances"], above["variances"])
         entries.append(Entry(layer["path"], float(value), bias, ln_a, float(value) - bias + ln_a))
     return Ledger(entries)
 
@@ -185,6 +187,7 @@ def _layers(net: PlainNet, state: Mapping[str, Any], images: jax.Array) -> list[
                         "variances": out.var((0, 1, 2), dtype=jnp.float32),
                         "size": jnp.float32(out.size),
                         "kernel": norm["conv"]["kernel"],
+                        "coverage": _coverage(args[0].shape[1:3], out.shape[1:3], context.module),
                         "scale": norm["bn"]["scale"],
                         "bias": norm["bn"]["bias"],
                     }
@@ -199,3 +202,14 @@ def _layers(net: PlainNet, state: Mapping[str, Any], images: jax.Array) -> list[
     paths: list[str] = []
     found = jax.device_get(jax.jit(forward)(state))
     return [{"path": path, **layer} for path, layer in zip(paths, found, strict=True)]
+
+
+def _coverage(inputs: tuple[int, ...], outputs: tuple[int, ...], conv: nn.Conv) -> np.ndarray:
+    """How large a share of the outputs every tap finds a pixel for: (H, W, 1, 1)."""
+    shares = []
+    strides = np.broadcast_to(conv.strides or 1, 2)
+    for size, out, taps, stride in zip(inputs, outputs, conv.kernel_size, strides, strict=True):
+        before = max((out - 1) * stride + taps - size, 0) // 2  # of "SAME" padding
+        pixel = stride * np.arange(out)[:, None] + np.arange(taps) - before
+        shares.append(((pixel >= 0) & (pixel < size)).mean(0, dtype=np.float32))
+    return (shares[0][:, None] * shares[1])[..., None, None]

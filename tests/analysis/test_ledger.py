@@ -87,7 +87,17 @@ def test_alignment_is_that_of_the_inputs_and_outputs(variables, ledger):
         if path.endswith("conv/kernel")
     ]
     for entry, (x, out), kernel in zip(ledger, by_hand(variables)[1:], kernels[1:], strict=True):
-        a = out.var((0, 1, 2)).sum() / np.sum(kernel**2) / x.var((0, 1, 2)).mean()
+        # What a kernel without alignment makes of white noise of the input's size, tap by tap.
+        patches = jax.lax.conv_general_dilated_patches(
+            np.ones((1, *x.shape[1:3], 1)),
+            kernel.shape[:2],
+            (x.shape[1] // out.shape[1],) * 2,
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        coverage = np.mean(patches, (0, 1, 2)).reshape(*kernel.shape[:2], 1, 1)
+        isotropic = np.sum(kernel**2 * coverage) * x.var((0, 1, 2)).mean()
+        a = out.var((0, 1, 2)).sum() / isotropic
         np.testing.assert_allclose(entry.alignment, np.log(a), atol=1e-3)
 
 
