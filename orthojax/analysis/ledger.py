@@ -35,7 +35,7 @@ from orthojax.isometry import passed_share, relu_variance
 from orthojax.models import PlainNet, unstack_blocks
 from orthojax.sites import is_site, weights_only
 
-#: Decades of growth from the top to the bottom, up to which the nets of this project have learned.
+#: Up to so many decades between two layers the nets of this project have been seen to learn.
 LARGEST_DECADES = 5.0
 
 
@@ -65,8 +65,9 @@ class Ledger(tuple):
         return sum(getattr(entry, column) for entry in self)
 
     def decades(self) -> float:
-        """By how many powers of ten the squared error changes on its way down; absolute."""
-        return abs(self.total()) / np.log(10)
+        """By how many powers of ten the squared error differs between any two layers, at most."""
+        way_down = np.cumsum([0.0, *(entry.growth for entry in reversed(self))])
+        return float(np.ptp(way_down) / np.log(10))
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(entry.path) for entry in self))
@@ -76,8 +77,8 @@ class Ledger(tuple):
         lines += [f"{row.path:{width}}  " + "  ".join(f"{v:9.3f}" for v in row[1:]) for row in rows]
         learns = "one" if self.decades() <= LARGEST_DECADES else "more than any"
         lines.append(
-            f"{self.decades():.1f} decades from the top to the bottom: {learns} of those that have "
-            f"been seen to learn, which is up to {LARGEST_DECADES:.0f}"
+            f"{self.decades():.1f} decades between the layers that differ most: {learns} of those "
+            f"that have been seen to learn, which is up to {LARGEST_DECADES:.0f}"
         )
         return "\n".join(lines)
 

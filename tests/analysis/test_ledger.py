@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthojax.analysis.ledger import alignment, bias_term, growth_ledger
+from orthojax.analysis.ledger import Entry, Ledger, alignment, bias_term, growth_ledger
 from orthojax.isometry import error_growth, relu_variance
 from orthojax.models import PlainNet, in_order, unstack_blocks
 
@@ -144,6 +144,13 @@ def test_at_a_near_isometric_start_the_bias_term_is_nearly_all():
         if "entry/layer_0" not in above.path:  # a stride of 2 drops pixels, and borders weigh more
             assert abs(entry.rest) < 0.1
             assert abs(entry.alignment) < 0.01
+
+
+def test_growth_that_cancels_further_down_counts():
+    """The way down is 0, -2, 1, 2 in natural logarithms; its two ends differ by 2."""
+    entries = [Entry("a", 1.0, 0, 0, 0), Entry("b", 3.0, 0, 0, 0), Entry("c", -2.0, 0, 0, 0)]
+    np.testing.assert_allclose(Ledger(entries).decades(), 4 / np.log(10))
+    np.testing.assert_allclose(Ledger(entries).total(), 2)
 
 
 def test_sites_scans_and_their_contents_change_nothing(variables, ledger):
