@@ -25,6 +25,7 @@ __all__ = [
     "describe_net",
     "init_site",
     "linen",
+    "load",
     "modulate",
     "modulation",
     "mean_correlation",
@@ -42,6 +43,8 @@ def __getattr__(name):
     # What needs Flax; the rest does not.
     if name == "linen":
         return importlib.import_module("orthojax.linen")
+    if name == "load":
+        return importlib.import_module("orthojax.inference").load
     if name == "describe_net":
         return importlib.import_module("orthojax.models.summary").describe_net
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -105,8 +105,8 @@ def report(options, results):
         table(["layers", "steps", "arm", "learning rate", "test accuracy (%)", "each"], rows),
         "Width 8, batches of 128, SGD with momentum 0.9, the gradient clipped to a norm of 1, the "
         "rate falling linearly to 0. Up to 62 layers each arm has the rate with the least training "
-        "loss of the first seed, from a ladder; from 110 layers on all have the same, and LARS the one "
-        "it has at 62.",
+        "loss of the first seed, from a ladder; from 110 layers on all have the same, and LARS the "
+        "one it has at 62.",
         pictures={"modulation": _draw(results)},
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 from orthojax.data import cache, source
 from orthojax.data.augmentation import augment, normalize
 from orthojax.data.pipeline import Batch, Split, TrainIterator, eval_batches
+from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.errors import DatasetError
 
 # On the scale 0 to 1. CIFAR's pixels deviate by 0.2 or more; those at the rim of a digit hardly
@@ -38,6 +39,13 @@ class InMemoryDataset:
     mean: np.ndarray
     std: np.ndarray
     flip: bool = False
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """See `orthojax.data.Dataset`."""
+        names = named(self.class_names, self.num_classes)
+        return Preprocessing(self.image_shape, names, self.mean, self.std)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -121,6 +129,7 @@ def load(
         mean=train["mean"],
         std=train["std"],
         flip=flip,
+        class_names=found.class_names,
     )
 
 

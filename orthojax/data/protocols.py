@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from orthojax.data.preprocessing import Preprocessing
+
 Batch = dict[str, np.ndarray]
 
 
@@ -45,6 +47,7 @@ class Dataset(Protocol):
       image_shape: (H, W, C) of what the net sees.
       train_size: images of the training split.
       test_size: images of the test split.
+      preprocessing: what evaluation does to an image, without the data set.
     """
 
     @property
@@ -61,6 +64,9 @@ class Dataset(Protocol):
 
     @property
     def test_size(self) -> int: ...
+
+    @property
+    def preprocessing(self) -> Preprocessing: ...
 
     def train_batches(
         self, batch_size: int, seed: int, rows: np.ndarray | None = None

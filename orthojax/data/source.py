@@ -51,6 +51,11 @@ class Source:
         """Labels are 0 to `num_classes - 1`."""
         return self.builder.info.features[self.label_key].num_classes
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each label; empty where the set has no more than numbers."""
+        return tuple(self.builder.info.features[self.label_key].names or ())
+
 
 def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
     """Looks a data set up by its TFDS name; `digits` is prepared on the way if need be.

@@ -11,6 +11,7 @@ from orthojax.data import source
 from orthojax.data.augmentation import augment_photographs, standardize_rgb
 from orthojax.data.dataset import BLACK_IMAGES, black_split
 from orthojax.data.pipeline import Split, TrainIterator, eval_batches
+from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.data.protocols import Batch, TrainBatches
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
@@ -36,6 +37,13 @@ class StreamedDataset:
     color_std: float
     workers: int
     threads: int
+    class_names: tuple[str, ...] = ()
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """See `orthojax.data.Dataset`."""
+        names = named(self.class_names, self.num_classes)
+        return Preprocessing(self.image_shape, names, resize=self.resize)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -150,7 +158,9 @@ def load(
         )
     train, test = (source.records(found, split) for split in (train_split, test_split))
     numbers = _checked(resize, crop, color_std, workers, threads)
-    return StreamedDataset(name, train, test, found.num_classes, flip=flip, **numbers)
+    return StreamedDataset(
+        name, train, test, found.num_classes, flip=flip, class_names=found.class_names, **numbers
+    )
 
 
 def fake_data(

@@ -1,6 +1,7 @@
 """What all programs have in common: signals, the compilation cache, help and exit statuses."""
 
 import ast
+import functools
 import os
 import pathlib
 import signal
@@ -21,8 +22,10 @@ _HELP = {"-h", "-help", "--help", "--helpshort"}
 flags.disclaim_key_flags()  # what is defined here is listed by --help as the program's
 
 
-def run(define_flags, main):
+def run(define_flags, main, arguments=None):
     """Parses the command line and exits with what `main()` returns, or with what went wrong.
+
+    With `arguments`, a word for what may stand beside the flags, `main` is given a list of them.
 
     0 is done; 2 bad input, which starting again will not mend; 128 + n stopped by signal n with
     everything saved, and the same command goes on; 1 anything else.
@@ -30,7 +33,10 @@ def run(define_flags, main):
     leave_on_signals()
     keep_compiled_programs()
     try:
-        app.run(lambda argv: _main(main), flags_parser=lambda argv: _parse(argv, define_flags))
+        app.run(
+            lambda argv: _main(functools.partial(main, argv[1:]) if arguments else main),
+            flags_parser=lambda argv: _parse(argv, define_flags, arguments),
+        )
     finally:
         _finish_output()
 
@@ -83,7 +89,7 @@ def program_name() -> str:
     return f"python {path.parent.name}/{path.name}"
 
 
-def _parse(argv, define_flags):
+def _parse(argv, define_flags, arguments):
     define_flags()
     if _HELP & set(argv[1:]):
         tell(_help(define_flags.__module__), sys.stdout)
@@ -94,7 +100,7 @@ def _parse(argv, define_flags):
             remaining = flags.FLAGS(without_overrides(words))
         except SystemExit:  # of absl's --helpfull, which calls that a failure
             sys.exit(0)
-        if len(remaining) > 1:
+        if len(remaining) > 1 and not arguments:
             raise flags.Error(f"unexpected arguments: {' '.join(remaining[1:])}; see --help")
         return remaining
     except flags.Error as error:
@@ -106,6 +112,8 @@ def _help(module):
     """The program's docstring, its flags, the configs with their arguments."""
     documentation = (sys.modules[module].__doc__ or "").strip()
     lines = [documentation, "", flags.FLAGS.module_help(module).strip(), ""]
+    if "config" not in flags.FLAGS:
+        return "\n".join(lines)
     lines += ["configs, each with its arguments (defaults in parentheses):"]
     for name, file in shipped_configs().items():
         tree = ast.parse(file.read_text())

@@ -264,6 +264,14 @@ def saved_steps(directory: Any) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def saved_accuracy(checkpoint: Any) -> float | None:
+    """The test accuracy that a checkpoint was saved with, or None."""
+    try:
+        return float(_test_accuracy(json.loads((checkpoint / "metrics" / "metrics").read_bytes())))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def _listing_damage(checkpoint: pathlib.Path) -> str | None:
     metadata, metrics = checkpoint / "_CHECKPOINT_METADATA", checkpoint / "metrics" / "metrics"
     with contextlib.suppress(OSError, ValueError):  # which orbax does without

@@ -165,7 +165,7 @@ def build(
     )
     check_arguments(optimizer, "optimizer or regularizer")
     # Before the data: a bad depth should not wait for a data set to be decoded.
-    net = _make_net(settings)
+    net = make_net(settings)
     if settings.batch_size % net.bn_groups:
         raise ConfigError(
             f"`model.bn_groups`={net.bn_groups} does not divide batch_size={settings.batch_size}"
@@ -203,7 +203,12 @@ def _optimizer_and_schedule(
     return made, schedule
 
 
-def _make_net(settings: Settings) -> nn.Module:
+def make_net(settings: Settings) -> nn.Module:
+    """The net of a config, as yet with one class.
+
+    Raises:
+      ConfigError: see `build`.
+    """
     supplied = {
         "modulated": settings.modulation is not None,
         "dtype": _dtype(settings.dtype),

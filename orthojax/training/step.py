@@ -119,16 +119,29 @@ def make_recalibrate(
       `recalibrate(state, images) -> state`, with the statistics of the images in the place of the
       running ones; it is for evaluation alone.
     """
-    whole = net.clone(bn_groups=1)
 
     def recalibrate(state: TrainState, images: jax.Array) -> TrainState:
-        nothing = jax.tree.map(jnp.zeros_like, state.batch_stats)
-        variables = {"params": gather(state.params), "batch_stats": nothing}
-        _, updated = whole.apply(variables, normalize(images), train=True, mutable=["batch_stats"])
-        found = jax.tree.map(lambda s: s / (1 - BN_MOMENTUM), updated.get("batch_stats", {}))
-        return state.replace(batch_stats=found)
+        variables = {"params": gather(state.params), "batch_stats": state.batch_stats}
+        return state.replace(batch_stats=batch_statistics(net, variables, normalize(images)))
 
     return recalibrate
+
+
+def batch_statistics(net: nn.Module, variables: Any, images: jax.Array) -> Any:
+    """BN statistics of one batch, in the place of the running ones.
+
+    Args:
+      net: called as `net(images, train=True)`; it has `bn_groups`.
+      variables: `params` and `batch_stats`; of the latter the structure alone counts.
+      images: float (N, H, W, C), normalized.
+
+    Returns:
+      `batch_stats`.
+    """
+    nothing = jax.tree.map(jnp.zeros_like, variables["batch_stats"])
+    whole, given = net.clone(bn_groups=1), {**variables, "batch_stats": nothing}
+    _, updated = whole.apply(given, images, train=True, mutable=["batch_stats"])
+    return jax.tree.map(lambda s: s / (1 - BN_MOMENTUM), updated.get("batch_stats", {}))
 
 
 def _cross_entropy(logits, labels):

@@ -17,6 +17,7 @@ import jax
 from orthojax import data
 from orthojax.analysis.curves import draw_curves
 from orthojax.console import tell
+from orthojax.data import preprocessing
 from orthojax.errors import DivergenceError
 from orthojax.parallel.mesh import replicated
 from orthojax.parallel.processes import is_first, on_first_process
@@ -43,8 +44,9 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
     A run that has finished is left as it is, and its summary is returned. Several processes (see
     `orthojax.parallel.processes.initialize`) call it alike, with a `workdir` that all of them see;
     a run may go on with another number of processes or devices than before.
-    Writes `config.json`, `environment.json`, `metrics.jsonl`, `checkpoints/`, `summary.json` and
-    `curves.png` into `workdir`, and progress to stderr; of several processes the first one does.
+    Writes `config.json`, `environment.json`, `preprocessing.json`, `metrics.jsonl`,
+    `checkpoints/`, `summary.json` and `curves.png` into `workdir`, and progress to stderr; of
+    several processes the first one does. `orthojax.load(workdir)` is the trained net.
 
     Args:
       config: a Mapping or ConfigDict with the keys of `orthojax.training.experiment.Settings`.
@@ -67,9 +69,14 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
     workdir = to_path(workdir)
     experiment = build(config)
     with failures_explained(workdir):
-        on_first_process(lambda: claim(workdir, config))
+        on_first_process(lambda: _claim(workdir, config, experiment.dataset))
         summary = _finished(workdir, experiment.settings.steps)
         return summary or _train(experiment, workdir)
+
+
+def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
+    claim(workdir, config)
+    write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
 
 
 def _finished(workdir: Any, steps: int) -> dict[str, Any] | None:

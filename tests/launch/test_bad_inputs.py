@@ -176,6 +176,7 @@ DAMAGES = {
 }
 FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "summary.json", "lock", "curves.png"),
+    "preprocessing.json",
     *("checkpoints/6/checksums.json", "checkpoints/6/position/metadata"),
     *("checkpoints/6/metrics/metrics", "checkpoints/6/state/_METADATA"),
     *("checkpoints/6/_CHECKPOINT_METADATA", "checkpoints/4/checksums.json"),

@@ -1,0 +1,118 @@
+"""A trained net that is asked about images."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from orthojax.data.preprocessing import Preprocessing
+from orthojax.errors import DatasetError
+from orthojax.training.step import batch_statistics
+
+Images = np.ndarray | str | os.PathLike | Sequence[str | os.PathLike]
+
+LARGEST_BATCH = 256  # what is more is cut into pieces, which bounds the memory
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Classifier:
+    """A net, its variables, and what to do to an image before.
+
+    Attributes:
+      net: a Flax linen module without modulation sites.
+      variables: `params` and `batch_stats`.
+      preprocessing: of images; it has the names of the classes.
+      step: of the checkpoint.
+    """
+
+    net: nn.Module
+    variables: Mapping[str, Any]
+    preprocessing: Preprocessing
+    step: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """One for each column of what `predict` returns."""
+        return self.preprocessing.class_names
+
+    def predict(self, images: Images) -> np.ndarray:
+        """Probabilities of the classes.
+
+        A program is compiled for each power of two that a batch is padded to, up to 256.
+
+        Args:
+          images: uint8 (N, H, W, C), or (H, W, C) for one, of the shape that the net was trained
+            on; or the path of a picture of any size, or a sequence of paths.
+
+        Returns:
+          float32 (N, classes); each row sums to 1.
+
+        Raises:
+          DatasetError: the images are of another shape or dtype, or a file cannot be read.
+        """
+        return np.asarray(jax.nn.softmax(self.logits(images)))
+
+    def logits(self, images: Images) -> np.ndarray:
+        """The same before the softmax: float32 (N, classes)."""
+        images = self._pixels(images)
+        pieces = [np.zeros((0, len(self.class_names)), np.float32)]
+        for start in range(0, len(images), LARGEST_BATCH):
+            piece = images[start : start + LARGEST_BATCH]
+            padded = np.zeros((_power_of_two(len(piece)), *piece.shape[1:]), np.uint8)
+            padded[: len(piece)] = piece
+            pieces.append(np.asarray(self._apply(self.variables, padded))[: len(piece)])
+        return np.concatenate(pieces)
+
+    def recalibrated(self, images: Images) -> "Classifier":
+        """The same net with the batch-normalization statistics of these images, in one pass.
+
+        For nets whose running statistics are of no use, see `recalibrate_bn` in a config.
+
+        Args:
+          images: see `predict`; training images, some hundred or thousand.
+        """
+        statistics = jax.jit(functools.partial(batch_statistics, self.net))
+        inputs = self.preprocessing.normalize(self._pixels(images))
+        found = statistics(self.variables, inputs)
+        return dataclasses.replace(self, variables={**self.variables, "batch_stats": found})
+
+    @functools.cached_property
+    def _apply(self):
+        def apply(variables, images):
+            inputs = self.preprocessing.normalize(images)
+            return self.net.apply(variables, inputs, train=False).astype(jnp.float32)
+
+        return jax.jit(apply)
+
+    def _pixels(self, images: Images) -> np.ndarray:
+        if isinstance(images, str | os.PathLike):
+            images = [images]
+        if not isinstance(images, np.ndarray | jax.Array):
+            if not all(isinstance(path, str | os.PathLike) for path in images):
+                raise DatasetError("images are neither one uint8 array nor paths of pictures")
+            read = [self.preprocessing.read(path) for path in images]
+            return np.stack(read) if read else self._pixels(np.zeros((0, *self._shape), np.uint8))
+        pixels = np.asarray(images)
+        if pixels.ndim == len(self._shape):
+            pixels = pixels[None]
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != self._shape:
+            wanted = ", ".join(map(str, self._shape))
+            raise DatasetError(
+                f"images are {pixels.dtype} {pixels.shape}, and must be uint8 (N, {wanted}); the "
+                "path of a picture is taken too, of any size"
+            )
+        return pixels
+
+    @property
+    def _shape(self) -> tuple[int, int, int]:
+        return self.preprocessing.image_shape
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,100 @@
+"""How well a trained net does on a labeled split, class by class."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from orthojax.analysis.picture import new_picture
+from orthojax.data.protocols import Batch
+from orthojax.inference.classifier import Classifier
+
+LARGEST_LABELED = 30  # classes up to which a confusion picture has their names and numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The outcome on a split.
+
+    Attributes:
+      loss: mean cross-entropy.
+      top5_accuracy: the label is among the five most probable classes.
+      confusion: int64 (classes, classes), how many images of a row's class were taken for a
+        column's.
+      class_names: of rows and columns.
+    """
+
+    loss: float
+    top5_accuracy: float
+    confusion: np.ndarray
+    class_names: tuple[str, ...]
+
+    @property
+    def accuracy(self) -> float:
+        """The most probable class is the label."""
+        return float(np.trace(self.confusion) / self.confusion.sum())
+
+    @property
+    def class_accuracies(self) -> np.ndarray:
+        """float64 (classes,); NaN for a class that the split does not have."""
+        counts = self.confusion.sum(axis=1)
+        right = np.diagonal(self.confusion).astype(float)
+        return np.divide(right, counts, out=np.full(len(counts), np.nan), where=counts > 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As values of JSON's types."""
+        accuracies = self.class_accuracies
+        return {
+            "accuracy": self.accuracy,
+            "top5_accuracy": self.top5_accuracy,
+            "loss": self.loss,
+            "images": int(self.confusion.sum()),
+            "class_accuracies": {
+                name: None if np.isnan(value) else value
+                for name, value in zip(self.class_names, accuracies.tolist(), strict=True)
+            },
+            "confusion": self.confusion.tolist(),
+        }
+
+    def draw(self) -> Any:
+        """The confusion matrix, each row a share of its class, as a matplotlib figure."""
+        names, few = self.class_names, len(self.class_names) <= LARGEST_LABELED
+        shares = self.confusion / np.maximum(self.confusion.sum(axis=1, keepdims=True), 1)
+        side = 2.5 + 0.35 * min(len(names), LARGEST_LABELED)
+        picture = new_picture(side, side)
+        axes = picture.subplots()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set(xlabel="predicted", ylabel="label", title=f"accuracy {self.accuracy:.1%}")
+        if few:
+            axes.set_xticks(range(len(names)), names, rotation=90)
+            axes.set_yticks(range(len(names)), names)
+            for (row, column), count in np.ndenumerate(self.confusion):
+                if count:
+                    color = "white" if shares[row, column] > 0.5 else "black"
+                    axes.text(column, row, count, ha="center", va="center", color=color, fontsize=7)
+        return picture
+
+
+def evaluate(classifier: Classifier, batches: Iterable[Batch]) -> Evaluation:
+    """Evaluates a net on labeled batches, every image whose mask is 1 once.
+
+    Args:
+      classifier: from `orthojax.load`.
+      batches: of `orthojax.data.Dataset.test_batches`.
+    """
+    classes = len(classifier.class_names)
+    confusion = np.zeros((classes, classes), np.int64)
+    loss, among_five = 0.0, 0
+    for batch in batches:
+        real = batch["mask"] > 0
+        labels = batch["label"][real]
+        logits = classifier.logits(batch["image"][real]).astype(np.float64)
+        best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
+        np.add.at(confusion, (labels, best[:, 0]), 1)
+        among_five += int((best == labels[:, None]).any(axis=1).sum())
+        shifted = logits - logits.max(axis=1, keepdims=True)
+        log_sums = np.log(np.exp(shifted).sum(axis=1))
+        loss += float((log_sums - shifted[np.arange(len(labels)), labels]).sum())
+    images = confusion.sum()
+    return Evaluation(loss / images, among_five / int(images), confusion, classifier.class_names)

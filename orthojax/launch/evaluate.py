@@ -1,0 +1,76 @@
+"""Evaluates a trained net on a split: top-1, top-5, every class, and a confusion picture.
+
+python -m orthojax.launch.evaluate --workdir=runs/cifar10_plain
+python -m orthojax.launch.evaluate --workdir=runs/cifar10_plain --split='train[:5000]' --step=latest
+"""
+
+import json
+import sys
+
+from absl import flags
+
+from orthojax.console import tell
+from orthojax.launch.command_line import run
+
+
+def define_flags():
+    flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+    flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, or its step.")
+    flags.DEFINE_string("split", None, "A TFDS split; that which the run was tested on by default.")
+    flags.DEFINE_string("data_dir", None, "TFDS data directory; the run's by default.")
+    flags.DEFINE_integer(
+        "recalibrate_bn",
+        None,
+        "BN statistics of one pass over this many training images at once; 0 takes the running "
+        "ones. The run's own choice by default.",
+        lower_bound=0,
+    )
+    flags.DEFINE_string("output", None, "Directory of what is written; the workdir by default.")
+
+
+def main():
+    from orthojax import data
+    from orthojax.analysis.picture import write_picture
+    from orthojax.config.sections import bind
+    from orthojax.inference import load
+    from orthojax.inference.evaluation import evaluate
+    from orthojax.storage.paths import to_path
+    from orthojax.storage.workdir import CONFIG, write_json_atomic
+
+    options = flags.FLAGS
+    classifier = load(options.workdir, options.step)
+    config = json.loads((to_path(options.workdir) / CONFIG).read_bytes())
+    section = dict(config["dataset"])
+    for key, value in (("test_split", options.split), ("data_dir", options.data_dir)):
+        if value is not None:
+            section[key] = value
+    dataset = bind(data.implementation(data.load, section), section, "dataset")
+    size = options.recalibrate_bn
+    size = config.get("recalibrate_bn", 0) if size is None else size
+    if size:
+        with_statistics = dataset.train_batches(size, config["seed"])
+        classifier = classifier.recalibrated(next(with_statistics)["image"])
+        with_statistics.close()
+    found = evaluate(classifier, dataset.test_batches(config["batch_size"]))
+
+    output = to_path(options.output or options.workdir)
+    output.mkdir(parents=True, exist_ok=True)
+    about = {"step": classifier.step, "split": section.get("test_split"), "recalibrate_bn": size}
+    write_json_atomic(output / "evaluation.json", {**about, **found.to_json()})
+    write_picture(found.draw(), output / "confusion.png")
+    show(found, classifier.step)
+    tell(f"\nwritten to {output}: evaluation.json, confusion.png", sys.stdout)
+
+
+def show(found, step):
+    images = found.confusion.sum()
+    tell(f"step {step:,}, {images:,} images", sys.stdout)
+    tell(f"top-1 {found.accuracy:.2%}  top-5 {found.top5_accuracy:.2%}", sys.stdout)
+    tell(f"loss  {found.loss:.4f}\n", sys.stdout)
+    width = max(map(len, found.class_names))
+    for name, value in zip(found.class_names, found.class_accuracies, strict=True):
+        tell(f"{name:>{width}}  {value:.1%}", sys.stdout)
+
+
+if __name__ == "__main__":
+    run(define_flags, main)

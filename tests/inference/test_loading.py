@@ -1,0 +1,216 @@
+"""A trained run, loaded: the very net that training evaluated, without data set and optimizer."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import PIL.Image
+import pytest
+
+import orthojax
+from orthojax import data
+from orthojax.configs import digits_plain110
+from orthojax.data.preprocessing import Preprocessing
+from orthojax.errors import DatasetError, WorkdirError
+from orthojax.inference.evaluation import evaluate
+from orthojax.sites import is_site
+from orthojax.storage.checkpoint import saved_steps
+from orthojax.storage.checksums import write_checksums
+from orthojax.training.train import train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = digits_plain110.get_config("depth=8,steps=24")
+    config.model.width = 4
+    config.eval_every = config.checkpoint_every = 8
+    config.mesh.data = 1
+    config.dataset.data_dir = str(tmp_path_factory.mktemp("tfds"))
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def digits(config):
+    return data.load("digits", config.dataset.data_dir)
+
+
+@pytest.fixture(scope="module")
+def classifier(trained):
+    return orthojax.load(trained[0], step="latest")
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def test_it_is_the_net_that_was_evaluated(trained, classifier, digits):
+    found = evaluate(classifier, digits.test_batches(128))
+    _, summary = trained
+    assert found.accuracy == summary["test_accuracy"]
+    assert found.top5_accuracy == summary["test_top5_accuracy"]
+    np.testing.assert_allclose(found.loss, summary["test_loss"], rtol=1e-5)
+    counts = np.bincount(digits.test.labels, minlength=10)
+    np.testing.assert_array_equal(found.confusion.sum(axis=1), counts)
+    weighted = np.average(found.class_accuracies, weights=counts)
+    np.testing.assert_allclose(weighted, found.accuracy)
+
+
+def test_it_has_no_sites_and_no_optimizer(classifier):
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(classifier.variables)]
+    assert not any(is_site(path) for path in paths)
+    assert set(classifier.variables) == {"params", "batch_stats"}
+
+
+def test_plain_orbax_reads_the_same_parameters(trained, classifier):
+    with ocp.StandardCheckpointer() as reader:
+        state = reader.restore((trained[0] / "checkpoints" / "24" / "state").absolute())
+    kernels = jax.tree.leaves(
+        jax.tree.map(
+            lambda ours, theirs: np.array_equal(ours, theirs),
+            classifier.variables["batch_stats"],
+            state["batch_stats"],
+        )
+    )
+    assert kernels and all(kernels)
+    head = classifier.variables["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(head, state["params"]["head"]["kernel"])
+
+
+def test_which_step(trained, config):
+    workdir, summary = trained
+    assert orthojax.load(workdir).step == summary["best_step"]
+    assert orthojax.load(workdir, "latest").step == config.steps
+    assert orthojax.load(workdir, 16).step == orthojax.load(workdir, "16").step == 16
+    with pytest.raises(WorkdirError, match="step 17 .* choose best, latest or one of 8, 16, 24"):
+        orthojax.load(workdir, 17)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 300])
+def test_a_batch_of_any_size_gives_every_image_its_own_row(classifier, digits, count):
+    images = digits.train.images[:count]
+    found = classifier.predict(images)
+    assert found.shape == (count, 10) and found.dtype == np.float32
+    np.testing.assert_allclose(found.sum(axis=1), 1, rtol=1e-5)
+    for row in range(0, count, 97):
+        alone = classifier.predict(images[row])
+        np.testing.assert_allclose(alone[0], found[row], rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_is_what_its_pixels_are(classifier, digits, tmp_path):
+    image = digits.test.images[0]
+    large = np.kron(image[..., 0], np.ones((5, 5), np.uint8))
+    files = {
+        "same.png": PIL.Image.fromarray(image[..., 0]),
+        "large.png": PIL.Image.fromarray(large),
+        "rgb.png": PIL.Image.fromarray(large).convert("RGB"),
+        "palette.png": PIL.Image.fromarray(large).convert("P"),
+    }
+    for name, picture in files.items():
+        picture.save(tmp_path / name)
+    found = classifier.predict([tmp_path / name for name in files])
+    np.testing.assert_array_equal(found, np.repeat(found[:1], len(files), axis=0))
+    np.testing.assert_allclose(found[0], classifier.predict(image)[0], rtol=1e-4, atol=1e-6)
+    alone = classifier.predict(str(tmp_path / "same.png"))
+    np.testing.assert_allclose(alone[0], found[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 8, 8, 1), np.float32), r"images are float32 \(2, 8, 8, 1\), and must be"),
+        (np.zeros((2, 9, 8, 1), np.uint8), r"must be uint8 \(N, 8, 8, 1\)"),
+        ("there_is_none.png", "there_is_none.png: No such file"),
+        ([1, 2], "neither one uint8 array nor paths"),
+        (__file__, "test_loading.py is no picture"),
+    ],
+)
+def test_what_is_no_image_is_named(classifier, images, message):
+    with pytest.raises(DatasetError, match=message):
+        classifier.predict(images)
+
+
+def test_statistics_of_other_images(classifier, digits):
+    """One pass, as in training mode over the same images."""
+    images = digits.train.images[:64]
+    again = classifier.recalibrated(images)
+    inputs = digits.normalize(images)
+    expected, _ = classifier.net.apply(
+        classifier.variables, inputs, train=True, mutable=["batch_stats"]
+    )
+    found = again.net.apply(again.variables, inputs, train=False)
+    np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
+    assert not np.allclose(classifier.logits(images), expected, atol=1e-2)
+
+
+def test_no_run(tmp_path):
+    with pytest.raises(WorkdirError, match="holds no run"):
+        orthojax.load(tmp_path / "nothing")
+
+
+def test_a_run_from_before_says_what_to_do_and_doing_it_helps(copy, config):
+    (copy / "preprocessing.json").unlink()
+    with pytest.raises(WorkdirError, match="start its training command once more"):
+        orthojax.load(copy)
+    train_and_evaluate(config, copy)
+    assert orthojax.load(copy).step
+
+
+def test_a_damaged_checkpoint_is_named_with_the_others(copy):
+    next((copy / "checkpoints" / "24" / "state" / "d").iterdir()).write_bytes(b"")
+    with pytest.raises(WorkdirError, match=r"24 is damaged .* choose another of 8, 16, 24"):
+        orthojax.load(copy, "latest")
+    assert orthojax.load(copy, 16).step == 16
+
+
+def test_a_checkpoint_of_another_model_is_refused(copy):
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["width"] = 8
+    path.write_text(json.dumps(config))
+    with pytest.raises(WorkdirError, match="not a checkpoint of the model"):
+        orthojax.load(copy)
+
+
+def test_without_evaluation_the_newest_is_the_best(copy):
+    for step in saved_steps(copy / "checkpoints"):
+        checkpoint = copy / "checkpoints" / str(step)
+        shutil.rmtree(checkpoint / "metrics")
+        write_checksums(checkpoint, ["state", "position"])
+    assert orthojax.load(copy).step == 24
+
+
+def test_preprocessing_survives_json_to_the_last_bit(digits):
+    given = digits.preprocessing
+    again = Preprocessing.from_json(json.loads(json.dumps(given.to_json())))
+    np.testing.assert_array_equal(again.mean, given.mean)
+    np.testing.assert_array_equal(again.std, given.std)
+    assert (again.image_shape, again.class_names) == (given.image_shape, given.class_names)
+    assert given.class_names == tuple("0123456789")
+
+
+def test_photographs_are_read_as_in_evaluation(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    pytest.importorskip("simplejpeg")
+    from orthojax.data import jpeg
+
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), np.uint8)
+    path = tmp_path / "photograph.png"
+    assert cv2.imwrite(str(path), pixels[..., ::-1])
+    expected = np.empty((28, 28, 3), np.uint8)
+    jpeg.crop_into(expected, path.read_bytes(), 32, 2, 2)
+    given = Preprocessing((28, 28, 3), ("a",), resize=32)
+    np.testing.assert_array_equal(given.read(path), expected)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DatasetError, match="no picture"):
+        given.read(path)
