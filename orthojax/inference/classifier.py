@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError
+from orthojax.inference.folding import FoldedNet, fold_batch_norm
 from orthojax.training.step import batch_statistics
 
 Images = np.ndarray | str | os.PathLike | Sequence[str | os.PathLike]
@@ -31,7 +32,7 @@ class Classifier:
       step: of the checkpoint.
     """
 
-    net: nn.Module
+    net: nn.Module | FoldedNet
     variables: Mapping[str, Any]
     preprocessing: Preprocessing
     step: int
@@ -77,10 +78,21 @@ class Classifier:
         Args:
           images: see `predict`; training images, some hundred or thousand.
         """
+        if isinstance(self.net, FoldedNet):
+            raise ValueError("a folded net has no statistics; recalibrate first, and then fold")
         statistics = jax.jit(functools.partial(batch_statistics, self.net))
         inputs = self.preprocessing.normalize(self._pixels(images))
         found = statistics(self.variables, inputs)
         return dataclasses.replace(self, variables={**self.variables, "batch_stats": found})
+
+    def folded(self) -> "Classifier":
+        """The same net with batch normalization folded into the convolutions.
+
+        The same up to rounding, for inference alone; see `orthojax.inference.folding`.
+        """
+        return dataclasses.replace(
+            self, net=FoldedNet(self.net), variables=fold_batch_norm(self.variables)
+        )
 
     @functools.cached_property
     def _apply(self):

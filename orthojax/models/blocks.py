@@ -12,6 +12,7 @@ from orthojax.models.normalization import BatchNorm
 
 #: Of the running statistics of batch normalization.
 BN_MOMENTUM = 0.9
+BN_EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +70,7 @@ class ConvBN(nn.Module):
             modulated=spec.modulated,
             groups=spec.bn_groups,
             momentum=BN_MOMENTUM,
-            epsilon=1e-5,
+            epsilon=BN_EPSILON,
             dtype=spec.dtype,
             bias_init=nn.initializers.constant(spec.bn_bias),
             name="bn",

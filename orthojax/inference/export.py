@@ -1,0 +1,41 @@
+"""A trained net as one StableHLO program: pixels in, probabilities out, no model code needed."""
+
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+
+from orthojax.errors import UserError
+from orthojax.inference.classifier import Classifier
+from orthojax.storage.paths import write_atomic
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def export(classifier: Classifier, path: str | os.PathLike) -> None:
+    """Writes a net, its weights and its preprocessing as a file of `jax.export`.
+
+    `jax.export.deserialize(open(path, "rb").read()).call(images)` runs it where there is JAX and
+    nothing of this project: uint8 (N, H, W, C) of any N, float32 probabilities (N, classes). What
+    JAX promises of such files: they can be read for six months, see its documentation.
+
+    Args:
+      classifier: from `orthojax.load`; perhaps `classifier.folded()`.
+      path: of the file.
+
+    Raises:
+      UserError: the extra `[export]` is not installed.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("exporting needs flatbuffers: pip install -e '.[export]'")
+
+    def predict(images):
+        inputs = classifier.preprocessing.normalize(images)
+        logits = classifier.net.apply(classifier.variables, inputs, train=False)
+        return jax.nn.softmax(logits.astype(jnp.float32))
+
+    (batch,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((batch, *classifier.preprocessing.image_shape), "uint8")
+    exported = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(images)
+    write_atomic(path, bytes(exported.serialize()))

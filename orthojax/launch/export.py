@@ -1,0 +1,41 @@
+"""Writes a trained net as one StableHLO file that JAX runs without this project.
+
+python -m orthojax.launch.export --workdir=runs/cifar10_plain --fold_bn net.stablehlo
+"""
+
+import sys
+
+from absl import flags
+
+from orthojax.console import tell
+from orthojax.launch.command_line import run
+
+
+def define_flags():
+    flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+    flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, or its step.")
+    flags.DEFINE_bool("fold_bn", False, "Fold batch normalization into the convolutions.")
+
+
+def main(paths):
+    from orthojax.errors import UserError
+    from orthojax.inference import load
+    from orthojax.inference.export import export
+
+    options = flags.FLAGS
+    if len(paths) != 1:
+        raise UserError("name the file: python launch/export.py --workdir=DIR net.stablehlo")
+    classifier = load(options.workdir, options.step)
+    if options.fold_bn:
+        classifier = classifier.folded()
+    export(classifier, paths[0])
+    shape = ", ".join(map(str, classifier.preprocessing.image_shape))
+    tell(
+        f"written to {paths[0]}: step {classifier.step:,}; uint8 (N, {shape}) to float32 "
+        f"(N, {len(classifier.class_names)})",
+        sys.stdout,
+    )
+
+
+if __name__ == "__main__":
+    run(define_flags, main, arguments="FILE")

@@ -1,0 +1,121 @@
+"""Folding against float64 arithmetic, and a program that runs without this project."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from orthojax.data.preprocessing import Preprocessing
+from orthojax.errors import UserError
+from orthojax.inference.classifier import Classifier
+from orthojax.inference.export import export
+from orthojax.inference.folding import FoldedNet, fold_batch_norm
+from orthojax.models import PlainNet, ResNet
+
+SHAPE = (8, 8, 3)
+
+
+def make_classifier(kind, **arguments):
+    """With scales, biases and statistics as training leaves them: none is neutral."""
+    net = kind(depth=14, width=4, num_classes=5, **arguments)
+    variables = net.init(jax.random.key(0), np.zeros((1, *SHAPE)), train=False)
+    rng = np.random.default_rng(0)
+
+    def trained(path, leaf):
+        name = path[-1].key
+        if name in ("scale", "var"):
+            return rng.uniform(0.5, 2, leaf.shape).astype(np.float32)
+        if name in ("bias", "mean"):
+            return rng.normal(size=leaf.shape).astype(np.float32)
+        return leaf
+
+    variables = jax.tree_util.tree_map_with_path(trained, variables)
+    mean, std = rng.uniform(0.2, 0.5, SHAPE), rng.uniform(0.1, 0.3, SHAPE)
+    names = ("a", "b", "c", "d", "e")
+    return Classifier(net, variables, Preprocessing(SHAPE, names, mean, std), step=7)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(1).integers(0, 256, (6, *SHAPE), np.uint8)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("kind", [PlainNet, ResNet])
+def test_a_folded_net_is_the_same_net(kind, scan, images):
+    classifier = make_classifier(kind, scan=scan)
+    expected = classifier.logits(images)
+    found = classifier.folded().logits(images)
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+
+
+def test_folding_one_layer_by_hand():
+    rng = np.random.default_rng(2)
+    kernel, x = rng.normal(size=(1, 1, 3, 2)), rng.normal(size=(7, 3))
+    bn = {name: rng.uniform(0.5, 2, 2) for name in ("scale", "bias", "mean", "var")}
+    variables = {
+        "params": {
+            "layer": {"conv": {"kernel": kernel}, "bn": {k: bn[k] for k in ("scale", "bias")}}
+        },
+        "batch_stats": {"layer": {"bn": {k: bn[k] for k in ("mean", "var")}}},
+    }
+    folded = fold_batch_norm(variables)["params"]["layer"]
+    normalized = (x @ kernel[0, 0] - bn["mean"]) / np.sqrt(bn["var"] + 1e-5)
+    expected = bn["scale"] * normalized + bn["bias"]
+    found = x @ np.asarray(folded["conv"]["kernel"])[0, 0] + folded["bn"]["bias"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_folded_plain_net_is_a_chain_without_batch_normalization():
+    """Convolutions, additions of a bias and ReLUs; one square root or division there is not."""
+    folded = make_classifier(PlainNet).folded()
+    program = jax.make_jaxpr(lambda x: folded.net.apply(folded.variables, x, train=False))(
+        np.zeros((2, *SHAPE), np.float32)
+    )
+    assert not {"rsqrt", "sqrt", "scan"} & {str(equation.primitive) for equation in program.eqns}
+    assert isinstance(folded.net, FoldedNet)
+
+
+def test_what_a_folded_net_cannot_do(images):
+    folded = make_classifier(PlainNet).folded()
+    with pytest.raises(ValueError, match="recalibrate first"):
+        folded.recalibrated(images)
+    with pytest.raises(ValueError, match="no batch normalization left to train"):
+        folded.net.apply(folded.variables, images, train=True)
+
+
+RUN = """
+import sys
+sys.modules["orthojax"] = None  # importing it is an error
+import jax, numpy as np
+program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+images = np.load(sys.argv[2])
+found = [np.asarray(program.call(images[:n])) for n in (1, 4, 6)]
+assert all(np.allclose(f, found[-1][: len(f)], atol=1e-5) for f in found)
+np.save(sys.argv[3], found[-1])
+print(*program.platforms, [str(a) for a in program.in_avals])
+"""
+
+
+def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install -e '.\[export\]'"):
+        export(make_classifier(PlainNet), tmp_path / "net.stablehlo")
+
+
+@pytest.mark.parametrize("fold", [False, True])
+def test_it_runs_without_this_project(fold, images, tmp_path):
+    classifier = make_classifier(PlainNet)
+    classifier = classifier.folded() if fold else classifier
+    export(classifier, tmp_path / "net.stablehlo")
+    np.save(tmp_path / "images.npy", images)
+    arguments = [str(tmp_path / name) for name in ("net.stablehlo", "images.npy", "found.npy")]
+    told = subprocess.run(
+        [sys.executable, "-c", RUN, *arguments], check=True, capture_output=True, text=True
+    ).stdout
+    assert told.startswith("cpu cuda tpu") and "uint8[batch,8,8,3]" in told
+    found = np.load(tmp_path / "found.npy")
+    np.testing.assert_allclose(found, classifier.predict(images), rtol=1e-4, atol=1e-6)
+    assert found.shape == (6, 5)
