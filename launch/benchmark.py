@@ -1,4 +1,4 @@
-"""Measures the training step, the input, compilation and memory, against targets and a baseline.
+"""Measures step, latency, input, compilation and memory, against targets and a baseline.
 
 python launch/benchmark.py all                    # ten minutes on two CPU cores
 python launch/benchmark.py step memory --rounds=5
@@ -15,6 +15,7 @@ import importlib
 import os
 import pathlib
 import sys
+import time
 
 from environment import environment
 from orthojax.launch.allocator import keep_freed_memory
@@ -23,7 +24,8 @@ from orthojax.storage.paths import local_path
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilation is measured, too
 
-PARTS = ("step", "input", "compile", "memory")
+PARTS = ("step", "latency", "input", "compile", "memory")
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 def main() -> int:
@@ -33,6 +35,12 @@ def main() -> int:
     parser.add_argument("parts", nargs="+", choices=(*PARTS, "all"), metavar="|".join(PARTS))
     parser.add_argument("--rounds", type=int, default=11, help="at least 2")
     parser.add_argument("--depth", type=int, default=44, help="of the net")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="cpu",
+        help="of steps and latency: CPU time of the process, or on an idle machine wall time",
+    )
     parser.add_argument("--data_dir", help="of the prepared imagenet2012")
     parser.add_argument("--output", type=local_path, default=ROOT / "runs" / "benchmark")
     parser.add_argument(
@@ -63,6 +71,8 @@ def main() -> int:
             print(f"{part}:", file=sys.stderr)
             measure = importlib.import_module(f"benchmarks.{part}").measure
             extra = {"data_dir": arguments.data_dir} if part == "input" else {}
+            if part in ("step", "latency"):
+                extra["clock"] = CLOCKS[arguments.clock]
             found += measure(arguments.rounds, arguments.depth, **extra)
     print(table(found))
     arguments.output.mkdir(parents=True, exist_ok=True)

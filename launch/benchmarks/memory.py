@@ -23,7 +23,7 @@ def measure(rounds: int, depth: int):
 
     return [
         measurement(f"memory of plain-{depth}, {BASELINE}", [held[BASELINE] / 2**20], unit="MiB"),
-        ratio("memory, ortho + modulation / L2", METHOD, BASELINE, at_most=1.02),
+        ratio("memory, ortho + modulation / L2", METHOD, BASELINE, at_most=1.01),
         ratio("memory, scanned / unrolled", BASELINE, "unrolled"),
         ratio("memory, with remat / without", "remat", METHOD),
         ratio(f"memory, plain-110 / plain-{depth}", "110", METHOD),
