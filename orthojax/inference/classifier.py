@@ -14,6 +14,7 @@ from flax import linen as nn
 from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError
 from orthojax.inference.folding import FoldedNet, fold_batch_norm
+from orthojax.models import ConvNet
 from orthojax.training.step import batch_statistics
 
 Images = np.ndarray | str | os.PathLike | Sequence[str | os.PathLike]
@@ -80,6 +81,7 @@ class Classifier:
         """
         if isinstance(self.net, FoldedNet):
             raise ValueError("a folded net has no statistics; recalibrate first, and then fold")
+        _check_ours(self.net, "recalibrated")
         statistics = jax.jit(functools.partial(batch_statistics, self.net))
         inputs = self.preprocessing.normalize(self._pixels(images))
         found = statistics(self.variables, inputs)
@@ -90,6 +92,7 @@ class Classifier:
 
         The same up to rounding, for inference alone; see `orthojax.inference.folding`.
         """
+        _check_ours(self.net, "folded")
         return dataclasses.replace(
             self, net=FoldedNet(self.net), variables=fold_batch_norm(self.variables)
         )
@@ -124,6 +127,13 @@ class Classifier:
     @property
     def _shape(self) -> tuple[int, int, int]:
         return self.preprocessing.image_shape
+
+
+def _check_ours(net: Any, what: str) -> None:
+    if not isinstance(net, ConvNet):
+        raise ValueError(
+            f"only the nets of orthojax.models can be {what}, not {type(net).__name__}"
+        )
 
 
 def _power_of_two(number: int) -> int:

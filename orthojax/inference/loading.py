@@ -1,6 +1,5 @@
 """From a working directory to the trained net in it, without its data set."""
 
-import dataclasses
 import json
 import os
 from typing import Any
@@ -17,7 +16,7 @@ from orthojax.storage.checkpoint import saved_accuracy, saved_steps
 from orthojax.storage.checksums import find_damage
 from orthojax.storage.paths import is_remote, to_path
 from orthojax.storage.workdir import CONFIG
-from orthojax.training.experiment import Settings, make_net
+from orthojax.training.experiment import Settings, net_of
 
 
 def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
@@ -46,12 +45,10 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
       (3, 10)
     """
     workdir = to_path(workdir)
-    settings = dataclasses.replace(
-        bind(Settings, _read(workdir, CONFIG), ""), modulation=None
-    )  # what a site was for is over
+    settings = bind(Settings, _read(workdir, CONFIG), "")
     images = Preprocessing.from_json(_read(workdir, preprocessing.FILE))
     checkpoint, number = _checkpoint(workdir / "checkpoints", step)
-    net = make_net(settings).clone(num_classes=len(images.class_names))
+    net = net_of(settings, len(images.class_names), modulated=False)  # sites have done their work
     return Classifier(net, restore_variables(checkpoint, net, images.image_shape), images, number)
 
 

@@ -18,7 +18,8 @@ from orthojax.data import dataset, streamed
 from orthojax.errors import ConfigError
 from orthojax.modulator import modulation
 from orthojax.parallel.mesh import make_mesh
-from orthojax.training.experiment import MODELS, Settings
+from orthojax.training.experiment import Settings
+from orthojax.training.net import MODELS, net_named
 from orthojax.training.optimizers import OPTIMIZERS, REGULARIZERS, SCHEDULES
 
 _NAMED = {
@@ -163,6 +164,8 @@ def _readers(config: ConfigDict, section: str, override: Override) -> list[Calla
     registry = _NAMED[section]
     given = override.key == f"{section}.name"
     name = override.value if given else (config.get(section) or {}).get("name")
+    if section == "model":
+        return [net_named(name)]
     if name not in registry:
         raise ConfigError(
             f"`{section}.name` is {name!r}{suggestion(str(name), registry, what='names')}"

@@ -13,14 +13,11 @@ from jax.sharding import Mesh
 from orthojax import data
 from orthojax.config.sections import bind
 from orthojax.errors import ConfigError
-from orthojax.models import ImageNetPlainNet, ImageNetResNet, PlainNet, ResNet
+from orthojax.models import ConvNet
 from orthojax.modulator import modulation
 from orthojax.parallel.mesh import batch_sharding, make_mesh
-from orthojax.training.optimizers import bind_named, check_arguments, make_optimizer
-
-_NETS = (PlainNet, ResNet, ImageNetPlainNet, ImageNetResNet)
-MODELS = {net.__name__: net for net in _NETS}
-LARGEST_BIAS = 100  # of batch normalization
+from orthojax.training.net import check_logits, explained, make_net
+from orthojax.training.optimizers import check_arguments, make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +27,8 @@ class Settings:
     Attributes:
       dataset: `name` and the arguments of what loads that set, `orthojax.data.dataset.load` into
         memory or `orthojax.data.streamed.load` from disk.
-      model: `name`, a class of `orthojax.models`, and the arguments of that class.
+      model: `name`, a class of `orthojax.models` or `package.module:Net`, and the arguments of that
+        class.
       modulation: None, or the arguments of `orthojax.modulation`; None is that argument's default.
       optimizer: see `orthojax.training.optimizers.make_optimizer`.
       schedule: see there.
@@ -160,15 +158,22 @@ def build(
     mesh = bind(make_mesh, settings.mesh, "mesh", devices=devices)
     for key in ("batch_size", "recalibrate_bn"):
         batch_sharding(mesh, getattr(settings, key), key)
-    optimizer, schedule = _explained(
+    optimizer, schedule = explained(
         "optimizer or regularizer", lambda: _optimizer_and_schedule(settings, mesh)
     )
     check_arguments(optimizer, "optimizer or regularizer")
     # Before the data: a bad depth should not wait for a data set to be decoded.
-    net = make_net(settings)
-    if settings.batch_size % net.bn_groups:
+    modulated = settings.modulation is not None
+    net = net_of(settings, 1, modulated=modulated)
+    groups = getattr(net, "bn_groups", 1)
+    if settings.batch_size % groups:
         raise ConfigError(
-            f"`model.bn_groups`={net.bn_groups} does not divide batch_size={settings.batch_size}"
+            f"`model.bn_groups`={groups} does not divide batch_size={settings.batch_size}"
+        )
+    if settings.recalibrate_bn and not isinstance(net, ConvNet):
+        raise ConfigError(
+            f"`recalibrate_bn` is {settings.recalibrate_bn}, which only nets of orthojax.models "
+            "know; set it to 0"
         )
     dataset = bind(data.implementation(load, settings.dataset), settings.dataset, "dataset")
     dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
@@ -177,7 +182,8 @@ def build(
             f"`recalibrate_bn` is {settings.recalibrate_bn}; there are {dataset.train_size} "
             "training images"
         )
-    net = net.clone(num_classes=dataset.num_classes)
+    net = net_of(settings, dataset.num_classes, modulated=modulated)
+    check_logits(net, dataset.image_shape, dataset.num_classes)
     return Experiment(settings, dataset, net, schedule, mesh)
 
 
@@ -199,33 +205,22 @@ def _optimizer_and_schedule(
     )
     if settings.modulation is not None:
         given = {k: v for k, v in dict(settings.modulation).items() if v is not None}
-        made = _explained("modulation", lambda: bind(modulation, given, "modulation", inner=made))
+        made = explained("modulation", lambda: bind(modulation, given, "modulation", inner=made))
     return made, schedule
 
 
-def make_net(settings: Settings) -> nn.Module:
-    """The net of a config, as yet with one class.
+def net_of(settings: Settings, num_classes: int, *, modulated: bool) -> nn.Module:
+    """The net of a config.
 
     Raises:
       ConfigError: see `build`.
     """
-    supplied = {
-        "modulated": settings.modulation is not None,
-        "dtype": _dtype(settings.dtype),
-        "num_classes": 1,
-    }
-    net = _explained("model", lambda: bind_named(MODELS, settings.model, "model", **supplied))
-    if net.width < 1:
-        raise ConfigError(f"`model.width` is {net.width}; it must be at least 1")
-    if abs(net.bn_bias) > LARGEST_BIAS:
-        raise ConfigError(
-            f"`model.bn_bias` is {net.bn_bias}; beyond ±{LARGEST_BIAS} what it is added to is lost"
-        )
-    return net
+    dtype = _dtype(settings.dtype)
+    return make_net(settings.model, modulated=modulated, dtype=dtype, num_classes=num_classes)
 
 
 def _dtype(name: Any) -> np.dtype:
-    dtype = _explained("dtype", lambda: np.dtype(jax.numpy.dtype(name)))
+    dtype = explained("dtype", lambda: np.dtype(jax.numpy.dtype(name)))
     if dtype == np.float16:
         raise ConfigError(
             "`dtype` is float16, whose gradients underflow without loss scaling, which there is "
@@ -235,13 +230,3 @@ def _dtype(name: Any) -> np.dtype:
     if not wide and dtype not in (np.float32, jax.numpy.bfloat16):
         raise ConfigError(f"`dtype` is {dtype}; it must be float32 or bfloat16")
     return dtype
-
-
-def _explained(path: str, make: Callable[[], Any]) -> Any:
-    """Puts the config's key before the message of a constructor that knows no configs."""
-    try:
-        return make()
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"`{path}`: {error}") from None

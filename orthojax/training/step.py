@@ -25,7 +25,8 @@ def make_train_step(
     """The function of one update.
 
     Args:
-      net: called as `net(images, train=True)`; it may have modulation sites.
+      net: called as `net(images, train=True)`; it may have modulation sites, batch normalization
+        and dropout.
       optimizer: any optax transformation.
       augment: `(uint8 images, key) -> float images`.
       seed: an integer or a uint32 scalar; the key of step k is `fold_in(key(seed), k)`.
@@ -43,7 +44,13 @@ def make_train_step(
 
         def loss_function(params: Any):
             variables = {"batch_stats": state.batch_stats, "params": gather(params)}
-            logits, updated = net.apply(variables, images, train=True, mutable=["batch_stats"])
+            logits, updated = net.apply(
+                variables,
+                images,
+                train=True,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(key, 1)},
+            )
             return _cross_entropy(logits, batch["label"]).mean(), (logits, updated)
 
         grad_function = jax.value_and_grad(loss_function, has_aux=True)

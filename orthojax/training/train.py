@@ -30,6 +30,7 @@ from orthojax.storage.workdir import claim, failures_explained, write_json_atomi
 from orthojax.training.compiled import CompiledSteps, compile_steps
 from orthojax.training.experiment import Experiment, build
 from orthojax.training.interrupt import Interrupted, StopRequest, stop_on_signals
+from orthojax.training.net import description
 from orthojax.training.observe import observe
 from orthojax.training.progress import Progress
 from orthojax.training.state import TrainState
@@ -202,7 +203,7 @@ def _describe(experiment: Experiment) -> str:
     where = f"{devices[0].platform} x {len(devices)}"
     where += f" of {processes} processes" if processes > 1 else ""
     return (
-        f"{type(net).__name__}-{net.depth}, width {net.width}, on {experiment.dataset.name} "
+        f"{description(net)}, on {experiment.dataset.name} "
         f"({experiment.dataset.train_size:,} training and {experiment.dataset.test_size:,} test "
         f"images), {settings.steps:,} steps of {settings.batch_size}, on {where}; compiling..."
     )

@@ -1,0 +1,146 @@
+"""Somebody's linen classifiers, unedited, in this project's trainer."""
+
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+import orthojax
+from orthojax.configs import digits_plain110
+from orthojax.errors import ConfigError
+from orthojax.launch import overrides
+from orthojax.modulator import find_state
+from orthojax.sites import SITE
+from orthojax.training.compiled import compile_steps
+from orthojax.training.experiment import build
+from orthojax.training.train import train_and_evaluate
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+class ConvNet(nn.Module):
+    """With batch normalization and dropout."""
+
+    features: int = 4
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = images
+        for _ in range(3):
+            x = nn.Conv(self.features, (3, 3))(x)
+            x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.Dropout(0.1, deterministic=not train)(x.mean((1, 2)))
+        return nn.Dense(self.num_classes)(x)
+
+
+class Linear(nn.Module):
+    """Neither statistics nor a number of classes to set."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, images, train):
+        del train
+        x = nn.relu(nn.Dense(16)(images.reshape(len(images), -1)))
+        return nn.Dense(self.classes)(x)
+
+
+class Sideways(nn.Module):
+    """Not called as a classifier is."""
+
+    @nn.compact
+    def __call__(self, images):
+        return nn.Dense(10)(images)
+
+
+no_module = dict
+
+
+def config_of(net, *, modulated=True, steps=12, **arguments):
+    config = digits_plain110.get_config(f"depth=8,steps={steps}")
+    config.model = ConfigDict({"name": f"{__name__}:{net}", **arguments})
+    config.optimizer.learning_rate = 0.05
+    config.eval_every = config.checkpoint_every = 6
+    config.mesh.data = 1
+    if not modulated:
+        with config.ignore_type():
+            config.modulation = None
+    return config
+
+
+@pytest.mark.parametrize("modulated", [True, False])
+@pytest.mark.parametrize("net", ["ConvNet", "Linear"])
+def test_it_trains_resumes_and_loads(net, modulated, tmp_path):
+    config = config_of(net, modulated=modulated)
+    whole = train_and_evaluate(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
+    (tmp_path / "stopped" / "summary.json").unlink()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "12")
+    again = train_and_evaluate(config, tmp_path / "stopped")
+    assert (again["resumed_from_step"], again["test_loss"]) == (6, whole["test_loss"])
+    loaded = orthojax.load(tmp_path / "whole", "latest")
+    found = loaded.predict(np.zeros((2, 8, 8, 1), np.uint8))
+    assert found.shape == (2, 10)
+    with pytest.raises(ValueError, match=f"can be folded, not {net}"):
+        loaded.folded()
+
+
+def test_it_learns(tmp_path):
+    config = config_of("Linear", steps=80)
+    assert train_and_evaluate(config, tmp_path)["test_accuracy"] > 0.6
+
+
+def test_every_layer_but_the_last_is_modulated():
+    experiment = build(config_of("ConvNet"))
+    state = compile_steps(experiment).init()
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)]
+    assert sum(SITE in path for path in paths) == 4
+    assert len(find_state(state.opt_state).moments) == 4
+
+
+def test_the_command_line_takes_its_name_and_its_arguments():
+    config = digits_plain110.get_config("depth=8")
+    words = (("model.name", f"{__name__}:Linear"), ("model.classes", "12"))
+    notes = overrides.apply(
+        config, [overrides.Override(key, value, f"--config.{key}={value}") for key, value in words]
+    )
+    assert config.model.to_dict() == {"name": f"{__name__}:Linear", "classes": 12}
+    assert "depth, " in notes[0] and "dropped" in notes[0]
+
+
+def test_its_number_of_classes_is_the_data_sets():
+    assert build(config_of("ConvNet", modulated=False)).net.num_classes == 10
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (config_of("ConvNet", feature=4), "unknown key `model.feature`; did you mean"),
+        (config_of("Linear", classes=7), r"returns \(2, 7\), and not \(2, 10\)"),
+        (config_of("Sideways"), r"cannot be called as net\(images, train=True\)"),
+        (config_of("Missing"), "has no attribute 'Missing'"),
+        (config_of("no_module"), "is no flax.linen.Module"),
+    ],
+    ids=["argument", "classes", "call", "attribute", "kind"],
+)
+def test_what_is_wrong_is_named(config, message):
+    with pytest.raises(ConfigError, match=message):
+        build(config)
+
+
+def test_a_module_that_is_not_there():
+    config = config_of("Linear")
+    config.model.name = "there_is_none.such:Net"
+    with pytest.raises(ConfigError, match="or its folder in PYTHONPATH"):
+        build(config)
+
+
+def test_statistics_of_one_pass_are_for_our_own_nets():
+    config = config_of("ConvNet")
+    config.recalibrate_bn = 64
+    with pytest.raises(ConfigError, match="only nets of orthojax.models know; set it to 0"):
+        build(config)
