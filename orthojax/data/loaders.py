@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from orthojax.data import dataset, source, streamed
+from orthojax.data import dataset, folder, source, streamed
 from orthojax.data.protocols import Dataset
 
 
@@ -14,9 +14,11 @@ def load(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
     many sizes, such as ImageNet, are read while a net trains. TensorFlow is never imported.
 
     Args:
-      name: `digits`, or a TFDS name such as `cifar10`, `svhn_cropped`, `imagenet2012`.
-      data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
-      **arguments: of `orthojax.data.dataset.load` or of `orthojax.data.streamed.load`.
+      name: `digits`; a TFDS name such as `cifar10`, `svhn_cropped`, `imagenet2012`; or `folder`,
+        for pictures of one's own.
+      data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. For
+        `folder` it is DIR of `DIR/train/CLASS/*.jpg`.
+      **arguments: of `load` in `orthojax.data.dataset`, `.streamed` or `.folder`.
 
     Raises:
       DatasetError: see there.
@@ -59,7 +61,9 @@ def implementation(function: Callable[..., Dataset], section: Mapping) -> Callab
     if function not in (load, fake_data):
         return function
     module = dataset
-    if isinstance(section.get("name"), str):  # else binding says what is missing
+    if section.get("name") == "folder":
+        module = folder
+    elif isinstance(section.get("name"), str):  # else binding says what is missing
         found = source.find(section["name"], section.get("data_dir"), prepared=False)
         module = streamed if None in found.image_shape else dataset
     return getattr(module, function.__name__)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -150,14 +151,9 @@ def load(
         impossible, or a package is missing.
     """
     found = source.find(name, data_dir)
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise DatasetError(
-            f"reading {name!r} needs {', '.join(missing)}; install what is missing with\n"
-            "    pip install -e '.[imagenet]'"
-        )
+    check_packages(name)
     train, test = (source.records(found, split) for split in (train_split, test_split))
-    numbers = _checked(resize, crop, color_std, workers, threads)
+    numbers = checked_numbers(resize, crop, color_std, workers, threads)
     return StreamedDataset(
         name, train, test, found.num_classes, flip=flip, class_names=found.class_names, **numbers
     )
@@ -192,13 +188,24 @@ def fake_data(
     found = source.find(name, data_dir, prepared=False)
     keys = found.image_key, found.label_key
     records = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
-    numbers = _checked(resize, crop, color_std, workers, threads)
+    numbers = checked_numbers(resize, crop, color_std, workers, threads)
     return FakeDataset(name, records, records, found.num_classes, flip=flip, **numbers)
 
 
-def _checked(
+def check_packages(name: str) -> None:
+    """Raises `DatasetError` where a package that reads photographs is missing."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise DatasetError(
+            f"reading {name!r} needs {', '.join(missing)}; install what is missing with\n"
+            "    pip install -e '.[imagenet]'"
+        )
+
+
+def checked_numbers(
     resize: int, crop: int, color_std: float, workers: int | None, threads: int
-) -> dict[str, float]:
+) -> dict[str, Any]:
+    """The arguments that a `StreamedDataset` has of these; `DatasetError` if one is impossible."""
     if workers is None:
         workers = usable_cores()
     if not 1 <= crop <= resize:

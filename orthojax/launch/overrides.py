@@ -14,7 +14,7 @@ from orthojax import data
 from orthojax.config import schema
 from orthojax.config.sections import keyword_parameters
 from orthojax.config.suggestion import suggestion
-from orthojax.data import dataset, streamed
+from orthojax.data import dataset, folder, streamed
 from orthojax.errors import ConfigError
 from orthojax.modulator import modulation
 from orthojax.parallel.mesh import make_mesh
@@ -30,7 +30,7 @@ _NAMED = {
 }
 _PLAIN = {
     "": (Settings,),
-    "dataset": (dataset.load, streamed.load),
+    "dataset": (dataset.load, streamed.load, folder.load),
     "modulation": (modulation,),
     "mesh": (make_mesh,),
 }

@@ -1,0 +1,171 @@
+"""Pictures of one's own: a folder for each split, and in it one for each class."""
+
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+from orthojax.data.streamed import FakeDataset, StreamedDataset, check_packages, checked_numbers
+from orthojax.errors import DatasetError
+
+TRAIN, TESTS = "train", ("test", "validation", "val")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The pictures of a split, which stand for `orthojax.data.records.Records`.
+
+    Attributes:
+      split: name of its folder.
+      directory: of the folder.
+      paths: of the pictures, below the directory, in ascending order.
+      labels: of each.
+      class_names: labels are indices into them.
+    """
+
+    split: str
+    directory: str
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are 0 to `num_classes - 1`."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """The content of a file, and its label; `DatasetError` if it is gone."""
+        path = pathlib.Path(self.directory, self.paths[index])
+        try:
+            return path.read_bytes(), self.labels[index]
+        except OSError as error:
+            raise DatasetError(f"{path}: {error.strerror}; put it back, or start anew") from error
+
+
+def load(
+    name: str = "folder",
+    data_dir: str | None = None,
+    *,
+    train_split: str = TRAIN,
+    test_split: str | None = None,
+    resize: int = 256,
+    crop: int = 224,
+    flip: bool = True,
+    color_std: float = 0.1,
+    workers: int | None = None,
+    threads: int = 1,
+) -> StreamedDataset:
+    """Opens `DIR/train/CLASS/*.jpg` and `DIR/test/CLASS/*.jpg`, to be read while a net trains.
+
+    The classes are the folders below `train`, in alphabetical order; pictures may lie deeper. A
+    file that cannot be decoded is replaced by the next in training and left out in evaluation, and
+    counted; what has no picture's suffix is not looked at.
+
+    Args:
+      name: `folder`.
+      data_dir: DIR.
+      train_split: name of the folder with the training images.
+      test_split: of that with the test images; None is `test`, `validation` or `val`, whichever
+        there is.
+      resize: see `orthojax.data.streamed.load`, as the following.
+      crop: what the net sees, in pixels.
+      flip: whether training images are mirrored at random.
+      color_std: of the color augmentation; 0 for none.
+      workers: processes that decode; None is one for each core.
+      threads: of each worker.
+
+    Raises:
+      DatasetError: a folder is missing or holds no picture, a class of the test images is none of
+        the training images, or there are fewer than two.
+    """
+    check_packages(name)
+    root = _root(data_dir)
+    train = files(root, train_split)
+    test = files(root, _test_split(root, test_split), train.class_names)
+    numbers = checked_numbers(resize, crop, color_std, workers, threads)
+    names = train.class_names
+    return StreamedDataset(name, train, test, len(names), flip=flip, class_names=names, **numbers)
+
+
+def fake_data(name: str = "folder", data_dir: str | None = None, **arguments: Any) -> FakeDataset:
+    """The same with black images, for compiling; the folders are looked at for the classes."""
+    given = load(name, data_dir, **arguments)
+    return FakeDataset(**{f.name: getattr(given, f.name) for f in dataclasses.fields(given)})
+
+
+def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = None) -> Files:
+    """Lists the pictures of a split.
+
+    Args:
+      root: of all splits.
+      split: name of a folder below it.
+      class_names: of the training images; None takes those that there are.
+
+    Raises:
+      DatasetError: see `load`.
+    """
+    directory = root / split
+    if not directory.is_dir():
+        raise DatasetError(
+            f"there is no folder {directory}; pictures are looked for as {directory}/CLASS/*.jpg"
+        )
+    found = {entry.name: _pictures(entry) for entry in sorted(directory.iterdir()) if _seen(entry)}
+    names = tuple(found) if class_names is None else class_names
+    if len(names) < 2:
+        raise DatasetError(
+            f"{directory} holds {len(names)} folders, and a classifier needs two classes at least; "
+            f"pictures are looked for as {directory}/CLASS/*.jpg"
+        )
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise DatasetError(
+            f"{directory} has the class {unknown[0]!r}, which training does not have"
+        )
+    pairs = [
+        (os.fspath(path.relative_to(directory)), label)
+        for label, name in enumerate(names)
+        for path in found.get(name, [])
+    ]
+    empty = [name for name in found if class_names is None and not found[name]]
+    if empty or not pairs:
+        where = directory / (empty[0] if empty else "")
+        raise DatasetError(f"{where} holds no picture ({', '.join(SUFFIXES)})")
+    paths, labels = zip(*pairs, strict=True)
+    return Files(split, os.fspath(directory), paths, labels, names)
+
+
+def _root(data_dir: str | None) -> pathlib.Path:
+    if data_dir is None:
+        raise DatasetError(
+            "say where the pictures are: dataset.data_dir=DIR, with DIR/train/CLASS/*.jpg"
+        )
+    return pathlib.Path(os.path.expanduser(data_dir))
+
+
+def _test_split(root: pathlib.Path, split: str | None) -> str:
+    if split is not None:
+        return split
+    for name in TESTS:
+        if (root / name).is_dir():
+            return name
+    raise DatasetError(
+        f"{root} has no folder {', '.join(TESTS[:-1])} or {TESTS[-1]} beside {TRAIN}; move some "
+        "pictures there, or name another by dataset.test_split"
+    )
+
+
+def _pictures(directory: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _seen(entry: pathlib.Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
