@@ -45,6 +45,8 @@ class Settings:
       observe_every: steps between records of the layers (`orthojax.training.observe`); 0 is never.
       recalibrate_bn: evaluate with the BN statistics of one pass over this many training images at
         once; 0 takes the running ones, which a deep net from a chaotic start cannot use.
+      init_from: None, or the working directory of another run, whose best checkpoint gives the
+        weights to begin with; see `orthojax.training.transfer`.
       keep_checkpoints: how many of the newest are kept.
       tensorboard: write TensorBoard events too (extra `[tensorboard]`).
       mesh: `data` and `fsdp`, see `orthojax.parallel.mesh.make_mesh`. What is computed does not
@@ -67,6 +69,7 @@ class Settings:
     checkpoint_every: int = 100
     observe_every: int = 0
     recalibrate_bn: int = 0
+    init_from: str | None = None
     keep_checkpoints: int = 3
     tensorboard: bool = False
     mesh: Mapping = dataclasses.field(default_factory=dict)

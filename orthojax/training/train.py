@@ -19,6 +19,7 @@ from orthojax.analysis.curves import draw_curves
 from orthojax.console import tell
 from orthojax.data import preprocessing
 from orthojax.errors import DivergenceError
+from orthojax.inference.loading import load
 from orthojax.parallel.mesh import replicated
 from orthojax.parallel.processes import is_first, on_first_process
 from orthojax.sites import weights_only
@@ -34,6 +35,7 @@ from orthojax.training.net import description
 from orthojax.training.observe import observe
 from orthojax.training.progress import Progress
 from orthojax.training.state import TrainState
+from orthojax.training.transfer import take_over
 
 SUMMARY = "summary.json"
 STEPS_AHEAD = 2  # that the host may have begun and the devices not finished
@@ -108,6 +110,9 @@ def _train(experiment: Experiment, workdir: Any) -> dict[str, Any]:
         stream = sys.stderr if is_first() else stack.enter_context(open(os.devnull, "w"))
         progress = stack.enter_context(Progress(settings.steps, stream))
         progress.message(_describe(experiment))
+        source = None
+        if settings.init_from is not None and checkpointer.latest_step() is None:
+            source = load(settings.init_from)
         programs = compile_steps(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
         batches = experiment.dataset.train_batches(
@@ -118,6 +123,10 @@ def _train(experiment: Experiment, workdir: Any) -> dict[str, Any]:
         restored = checkpointer.restore_latest(programs.abstract_state)
         if restored is None:
             first_step, state = 0, programs.init()
+            if source is not None:
+                names = experiment.dataset.preprocessing.class_names
+                state, told = take_over(state, source, names)
+                progress.message(f"begins as step {source.step} of {settings.init_from}: {told}")
         else:
             first_step, state = restored.step, restored.state
             batches.set_state(restored.data_state)

@@ -1,0 +1,136 @@
+"""Fine-tuning: what is taken over, what is fresh, and what is refused."""
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+
+import orthojax
+from orthojax.configs import digits_plain110
+from orthojax.errors import WorkdirError
+from orthojax.ortho.paths import path_name
+from orthojax.sites import is_site
+from orthojax.training.compiled import compile_steps
+from orthojax.training.experiment import build
+from orthojax.training.train import train_and_evaluate
+from orthojax.training.transfer import take_over
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def config_of(**model):
+    config = digits_plain110.get_config("depth=8,steps=40")
+    config.model.width = 4
+    config.eval_every = config.checkpoint_every = 20
+    config.mesh.data = 1
+    config.model.update(model)
+    return config
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("first")
+    train_and_evaluate(config_of(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def state():
+    return compile_steps(build(config_of())).init()
+
+
+def leaves(tree):
+    found = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name: np.asarray(leaf) for name, leaf in found.items()}
+
+
+def test_with_the_same_classes_everything_is_the_other_runs_to_the_last_bit(first, state):
+    source = orthojax.load(first)
+    taken, told = take_over(state, source, source.class_names)
+    given = leaves(source.variables["params"])
+    for path, leaf in jax.tree_util.tree_leaves_with_path(taken.params):
+        if not is_site(path):
+            np.testing.assert_array_equal(leaf, given.pop(path_name(path)))
+    assert not given
+    statistics = leaves(source.variables["batch_stats"])
+    for name, leaf in leaves(taken.batch_stats).items():
+        np.testing.assert_array_equal(leaf, statistics[name])
+    for old, new in zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(taken.opt_state), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
+    assert told.startswith("the head is kept; BN statistics kept")
+
+
+def test_with_other_classes_the_head_is_fresh_and_no_more(first, state):
+    source = orthojax.load(first)
+    letters = tuple("abcdefghij")  # as many as there are digits
+    taken, told = take_over(state, source, letters)
+    before, given, after = (
+        leaves(tree) for tree in (state.params, source.variables["params"], taken.params)
+    )
+    for name, leaf in after.items():
+        fresh = name.startswith("head") or "modulation_site" in name
+        np.testing.assert_array_equal(leaf, (before if fresh else given)[name])
+    assert told.startswith("head/bias and head/kernel fresh (10 classes here, 10 there)")
+
+
+def test_another_net_is_refused_by_the_name_of_a_parameter(first):
+    wider = compile_steps(build(config_of(width=8))).init()
+    source = orthojax.load(first)
+    with pytest.raises(WorkdirError, match=r"parameter \S+ is \[.*\] in that run, and \["):
+        take_over(wider, source, source.class_names)
+
+
+def test_it_starts_where_the_other_run_was_and_resumes_as_itself(first, tmp_path, capfd):
+    config = config_of()
+    config.steps = 20
+    config.optimizer.learning_rate = 0.0
+    with config.unlocked():
+        config.init_from = str(first)
+    summary = train_and_evaluate(config, tmp_path / "second")
+    assert "begins as step " in capfd.readouterr().err
+    kernel = orthojax.load(first).variables["params"]["head"]["kernel"]
+    again = orthojax.load(tmp_path / "second").variables["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(kernel, again)
+    config.steps = 24
+    summary = train_and_evaluate(config, tmp_path / "second")
+    assert summary["resumed_from_step"] == 20
+    assert "begins as step " not in capfd.readouterr().err
+
+
+def test_to_pictures_of_other_classes(tmp_path):
+    """From three classes to two, on pictures of one's own."""
+    pytest.importorskip("grain")
+    pytest.importorskip("simplejpeg")
+    pytest.importorskip("cv2")
+    rng = np.random.default_rng(0)
+    for name, classes in (("first", "abc"), ("second", "xy")):
+        for split in ("train", "test"):
+            for label, letter in enumerate(classes):
+                place = tmp_path / name / split / letter
+                place.mkdir(parents=True)
+                for index in range(4):
+                    pixels = rng.integers(0, 80, (20, 20, 3)) + 80 * (np.arange(3) == label)
+                    PIL.Image.fromarray(pixels.astype(np.uint8)).save(place / f"{index}.png")
+    config = config_of()
+    config.batch_size = 4
+    with config.unlocked(), config.ignore_type():
+        config.dataset = {"name": "folder", "resize": 18, "crop": 16, "workers": 0}
+        config.dataset.data_dir = str(tmp_path / "first")
+        config.steps = 20
+        train_and_evaluate(config, tmp_path / "one")
+        config.dataset.data_dir = str(tmp_path / "second")
+        config.init_from = str(tmp_path / "one")
+    train_and_evaluate(config, tmp_path / "two")
+    net = orthojax.load(tmp_path / "two")
+    assert net.class_names == ("x", "y")
+    assert net.variables["params"]["head"]["kernel"].shape[-1] == 2
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    config = config_of()
+    with config.unlocked():
+        config.init_from = str(tmp_path / "none")
+    with pytest.raises(WorkdirError, match="none holds no run"):
+        train_and_evaluate(config, tmp_path / "run")
