@@ -35,6 +35,7 @@ __all__ = [
     "orthonormal",
     "project_orthonormal",
     "read",
+    "train_and_evaluate",
     "views",
 ]
 
@@ -43,6 +44,8 @@ def __getattr__(name):
     # What needs Flax; the rest does not.
     if name == "linen":
         return importlib.import_module("orthojax.linen")
+    if name == "train_and_evaluate":
+        return importlib.import_module("orthojax.training.train").train_and_evaluate
     if name == "load":
         return importlib.import_module("orthojax.inference").load
     if name == "describe_net":

@@ -9,7 +9,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,7 +41,12 @@ SUMMARY = "summary.json"
 STEPS_AHEAD = 2  # that the host may have begun and the devices not finished
 
 
-def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str, Any]:
+Callback = Callable[[int, dict[str, float]], None]
+
+
+def train_and_evaluate(
+    config: Mapping, workdir: str | pathlib.Path, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Trains what `config` describes in `workdir`, or goes on where a run there stopped.
 
     A run that has finished is left as it is, and its summary is returned. Several processes (see
@@ -54,6 +59,9 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
     Args:
       config: a Mapping or ConfigDict with the keys of `orthojax.training.experiment.Settings`.
       workdir: a directory of this run's own, or `gs://…`; created when missing.
+      callbacks: each is called with the step and a record, when one is written: means of `loss`,
+        `accuracy`, `grad_norm`, `param_norm` since the last, `learning_rate`, and `test_accuracy`
+        where the net has been evaluated. What one raises ends the training; what was saved stays.
 
     Returns:
       What `summary.json` holds: `test_accuracy`, `test_top5_accuracy` (the label is among the five
@@ -74,7 +82,7 @@ def train_and_evaluate(config: Mapping, workdir: str | pathlib.Path) -> dict[str
     with failures_explained(workdir):
         on_first_process(lambda: _claim(workdir, config, experiment.dataset))
         summary = _finished(workdir, experiment.settings.steps)
-        return summary or _train(experiment, workdir)
+        return summary or _train(experiment, workdir, callbacks)
 
 
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
@@ -100,7 +108,7 @@ def _finished(workdir: Any, steps: int) -> dict[str, Any] | None:
     return summary
 
 
-def _train(experiment: Experiment, workdir: Any) -> dict[str, Any]:
+def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) -> dict[str, Any]:
     start = time.monotonic()
     settings = experiment.settings
     with contextlib.ExitStack() as stack:
@@ -138,7 +146,7 @@ def _train(experiment: Experiment, workdir: Any) -> dict[str, Any]:
         stack.enter_context(writer)
         # From here on there is something to save.
         request = stack.enter_context(stop_on_signals())
-        trainer = _Trainer(experiment, programs, checkpointer, writer, progress, request)
+        trainer = _Trainer(experiment, programs, checkpointer, writer, progress, request, callbacks)
         state = trainer.train(state, batches, first_step)
         test = trainer.test or evaluate(experiment, programs, state)
         best_step, best_test_accuracy = checkpointer.best() or (None, None)
@@ -229,6 +237,7 @@ class _Trainer:
         writer: MetricWriter | NullWriter,
         progress: Progress,
         request: StopRequest,
+        callbacks: Sequence[Callback],
     ):
         self._experiment = experiment
         self._settings = experiment.settings
@@ -237,6 +246,7 @@ class _Trainer:
         self._writer = writer
         self._progress = progress
         self._request = request
+        self._callbacks = callbacks
         self._pending: list[dict[str, jax.Array]] = []
         self._trained_images = 0
         self._training_seconds = 0.0
@@ -323,3 +333,8 @@ class _Trainer:
             test_accuracy=test_accuracy,
             images_per_second=self.images_per_second(),
         )
+        told = {**record, "learning_rate": rate}
+        if test_accuracy is not None:
+            told["test_accuracy"] = test_accuracy
+        for callback in self._callbacks:
+            callback(step, told)

@@ -1,0 +1,110 @@
+"""The commands of the pages on what comes before and after training, in processes of their own."""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import PIL.Image
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SHORT = ("--config.steps=12", "--config.mesh.data=1")
+TINY = (*SHORT, "--config.model.width=4", "--config.model.depth=8")
+
+
+def blocks(page, language):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def run(block, place, *tiny, **environment):
+    """Runs the commands of a block; those that train are made small. By program, what each said."""
+    found = {}
+    for command in block.replace("\\\n", " ").splitlines():
+        python, program, *words = shlex.split(command, comments=True)
+        if python == "pip":
+            continue
+        assert python == "python"
+        done = subprocess.run(
+            [sys.executable, ROOT / program, *words, *(tiny if "train" in program else ())],
+            cwd=place,
+            env={**os.environ, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        found[pathlib.Path(program).stem] = done.stdout + done.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+    """Trained nets: what each command said, and where."""
+    place = tmp_path_factory.mktemp("user")
+    rng = np.random.default_rng(0)
+    for name in ("one", "two", "three"):
+        pixels = rng.integers(0, 256, (20, 30), np.uint8)
+        PIL.Image.fromarray(pixels).save(place / f"{name}.png")
+    return place, run(blocks("inference.md", "bash")[0], place, *TINY)
+
+
+def test_predict_names_a_class_for_every_picture(told):
+    lines = [line for line in told[1]["predict"].splitlines() if ".png" in line]
+    assert [line.split()[0] for line in lines] == ["one.png", "two.png", "three.png"]
+    for line in lines:
+        shares = [float(share) for share in re.findall(r"([\d.]+)%", line)]
+        assert len(shares) == 3 and shares == sorted(shares, reverse=True)
+
+
+def test_evaluate_agrees_with_training(told):
+    place, said = told
+    found = json.loads((place / "runs/digits/evaluation.json").read_text())
+    summary = json.loads((place / "runs/digits/summary.json").read_text())
+    assert found["accuracy"] == summary["best_test_accuracy"]
+    assert found["images"] == 360 == sum(map(sum, found["confusion"]))
+    assert f"top-1 {found['accuracy']:.2%}" in said["evaluate"]
+    assert (place / "runs/digits/confusion.png").stat().st_size > 10_000
+
+
+def test_export_leaves_a_program(told):
+    place, said = told
+    assert "uint8 (N, 8, 8, 1) to float32 (N, 10)" in said["export"]
+    assert (place / "digits.stablehlo").stat().st_size > 1000
+
+
+def test_pictures_in_folders_and_fine_tuning(tmp_path):
+    for package in ("grain", "simplejpeg", "cv2"):
+        pytest.importorskip(package)
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            place = tmp_path / "pets" / split / name
+            place.mkdir(parents=True)
+            for index in range(5):
+                pixels = rng.integers(0, 256, (40, 50, 3), np.uint8)
+                PIL.Image.fromarray(pixels).save(place / f"{index}.jpg")
+    first, second = blocks("own_data.md", "bash")
+    small = (*TINY, "--config.batch_size=4", "--config.dataset.workers=0")
+    run(first, tmp_path, *small)
+    # What the second begins with; on the page it is a net of CIFAR-10, which has as many channels.
+    (tmp_path / "runs" / "pets").rename(tmp_path / "runs" / "cifar")
+    said = run(second, tmp_path, *small)["train"]
+    assert "begins as step 12 of runs/cifar: the head is kept" in said
+
+
+def test_a_net_of_ones_own(tmp_path):
+    (tmp_path / "my_nets.py").write_text(blocks("own_net.md", "python")[0])
+    said = run(blocks("own_net.md", "bash")[0], tmp_path, *SHORT, PYTHONPATH=".")["train"]
+    assert "SmallNet, modulated, on digits" in said
+
+
+def test_a_config_of_ones_own(tmp_path):
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    (tmp_path / "path" / "to" / "my_config.py").write_text(blocks("configs.md", "python")[0])
+    said = run(blocks("configs.md", "bash")[0], tmp_path, *TINY)["train"]
+    assert (tmp_path / "runs" / "my_config" / "summary.json").exists(), said
