@@ -1,29 +1,16 @@
-"""From a working directory to the trained net in it, without its data set."""
+"""`orthojax.load`: from a working directory to a classifier."""
 
-import json
 import os
-from typing import Any
 
-import jax
-import orbax.checkpoint as ocp
-
-from orthojax.config.sections import bind
-from orthojax.data import preprocessing
-from orthojax.data.preprocessing import Preprocessing
-from orthojax.errors import WorkdirError
 from orthojax.inference.classifier import Classifier
-from orthojax.storage.checkpoint import saved_accuracy, saved_steps
-from orthojax.storage.checksums import find_damage
-from orthojax.storage.paths import is_remote, to_path
-from orthojax.storage.workdir import CONFIG
-from orthojax.training.experiment import Settings, net_of
+from orthojax.training.trained import read_trained
 
 
 def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
     """Loads the net of a run, on one device; neither its data set nor its optimizer is needed.
 
     Args:
-      workdir: of `orthojax.training.train.train_and_evaluate`, or `gs://…`.
+      workdir: of `orthojax.train_and_evaluate`, or `gs://…`.
       step: "best", by test accuracy (the newest where nothing was evaluated); "latest"; or one of
         the steps that are kept.
 
@@ -35,102 +22,11 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
       WorkdirError: there is no run, no such step, or the checkpoint is damaged.
 
     Example:
-      >>> import tempfile, numpy as np
+      >>> import tempfile, numpy as np, orthojax
       >>> from orthojax.configs.digits_plain110 import get_config
-      >>> from orthojax.training.train import train_and_evaluate
-      >>> config = get_config("depth=8,steps=2")
       >>> workdir = tempfile.mkdtemp()
-      >>> summary = train_and_evaluate(config, workdir)
+      >>> summary = orthojax.train_and_evaluate(get_config("depth=8,steps=2"), workdir)
       >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """
-    workdir = to_path(workdir)
-    settings = bind(Settings, _read(workdir, CONFIG), "")
-    images = Preprocessing.from_json(_read(workdir, preprocessing.FILE))
-    checkpoint, number = _checkpoint(workdir / "checkpoints", step)
-    net = net_of(settings, len(images.class_names), modulated=False)  # sites have done their work
-    return Classifier(net, restore_variables(checkpoint, net, images.image_shape), images, number)
-
-
-def restore_variables(checkpoint: Any, net: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """The `params` and `batch_stats` of a net out of a checkpoint, and nothing else of it.
-
-    Args:
-      checkpoint: directory of one step.
-      net: a linen module; what it does not have, such as sites, is left out.
-      image_shape: (H, W, C).
-
-    Raises:
-      WorkdirError: the checkpoint is of another model.
-    """
-    images = jax.ShapeDtypeStruct((1, *image_shape), "float32")
-    shapes = jax.eval_shape(
-        lambda key, images: net.init(key, images, train=False), jax.random.key(0), images
-    )
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = {
-        name: jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            shapes.get(name, {}),
-        )
-        for name in ("params", "batch_stats")
-    }
-    restore = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-    )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(checkpoint / "state", args=restore)
-    except (ValueError, KeyError) as error:
-        raise WorkdirError(
-            f"{checkpoint} is not a checkpoint of the model in {CONFIG}: {error}"
-        ) from error
-    return {name: tree for name, tree in found.items() if tree}
-
-
-def _read(workdir: Any, name: str) -> Any:
-    try:
-        return json.loads((workdir / name).read_bytes())
-    except FileNotFoundError:
-        if name == CONFIG or not (workdir / CONFIG).exists():
-            raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)") from None
-        raise WorkdirError(
-            f"{workdir} was trained before {name} was kept; start its training command once more, "
-            "which writes it and trains no further"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise WorkdirError(f"{workdir / name} is damaged: {error}") from error
-
-
-def _checkpoint(directory: Any, step: int | str) -> tuple[Any, int]:
-    if not is_remote(directory):
-        directory = directory.absolute()  # as orbax demands
-    steps = saved_steps(directory)
-    if not steps:
-        raise WorkdirError(f"there is no checkpoint in {directory}")
-    number = _chosen(directory, steps, step)
-    checkpoint = directory / str(number)
-    damage = None if is_remote(directory) else find_damage(checkpoint)
-    if damage:
-        raise WorkdirError(f"{checkpoint} is damaged ({damage}); choose another of {_list(steps)}")
-    return checkpoint, number
-
-
-def _chosen(directory: Any, steps: list[int], step: int | str) -> int:
-    if step == "latest":
-        return steps[-1]
-    if step == "best":
-        accuracies = {number: saved_accuracy(directory / str(number)) for number in steps}
-        return max(steps, key=lambda number: (accuracies[number] or 0.0, number))
-    if str(step).isdigit() and int(step) in steps:
-        return int(step)
-    raise WorkdirError(
-        f"there is no checkpoint of step {step!r} in {directory}; choose best, latest or one of "
-        f"{_list(steps)}"
-    )
-
-
-def _list(steps: list[int]) -> str:
-    return ", ".join(map(str, steps))
+    return Classifier(*read_trained(workdir, step))

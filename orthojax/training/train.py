@@ -19,7 +19,6 @@ from orthojax.analysis.curves import draw_curves
 from orthojax.console import tell
 from orthojax.data import preprocessing
 from orthojax.errors import DivergenceError
-from orthojax.inference.loading import load
 from orthojax.parallel.mesh import replicated
 from orthojax.parallel.processes import is_first, on_first_process
 from orthojax.sites import weights_only
@@ -35,6 +34,7 @@ from orthojax.training.net import description
 from orthojax.training.observe import observe
 from orthojax.training.progress import Progress
 from orthojax.training.state import TrainState
+from orthojax.training.trained import read_trained
 from orthojax.training.transfer import take_over
 
 SUMMARY = "summary.json"
@@ -120,7 +120,7 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
         progress.message(_describe(experiment))
         source = None
         if settings.init_from is not None and checkpointer.latest_step() is None:
-            source = load(settings.init_from)
+            source = read_trained(settings.init_from)
         programs = compile_steps(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
         batches = experiment.dataset.train_batches(

@@ -6,16 +6,16 @@ from typing import Any
 import jax
 
 from orthojax.errors import WorkdirError
-from orthojax.inference.classifier import Classifier
 from orthojax.ortho.paths import path_name
 from orthojax.sites import is_site
 from orthojax.training.state import TrainState
+from orthojax.training.trained import Trained
 
 HEAD = "head"  # the module of our own nets that gives the logits
 
 
 def take_over(
-    state: TrainState, source: Classifier, class_names: Sequence[str]
+    state: TrainState, source: Trained, class_names: Sequence[str]
 ) -> tuple[TrainState, str]:
     """Puts the weights and BN statistics of a trained net in the place of fresh ones.
 
@@ -51,7 +51,7 @@ def take_over(
 def _taken(
     target: Any,
     given: Mapping[str, Any],
-    source: Classifier,
+    source: Trained,
     same_classes: bool,
     class_names: Sequence[str],
     fresh: set[str],

@@ -13,6 +13,7 @@ from orthojax.sites import is_site
 from orthojax.training.compiled import compile_steps
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
+from orthojax.training.trained import read_trained
 from orthojax.training.transfer import take_over
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -45,7 +46,7 @@ def leaves(tree):
 
 
 def test_with_the_same_classes_everything_is_the_other_runs_to_the_last_bit(first, state):
-    source = orthojax.load(first)
+    source = read_trained(first)
     taken, told = take_over(state, source, source.class_names)
     given = leaves(source.variables["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(taken.params):
@@ -63,7 +64,7 @@ def test_with_the_same_classes_everything_is_the_other_runs_to_the_last_bit(firs
 
 
 def test_with_other_classes_the_head_is_fresh_and_no_more(first, state):
-    source = orthojax.load(first)
+    source = read_trained(first)
     letters = tuple("abcdefghij")  # as many as there are digits
     taken, told = take_over(state, source, letters)
     before, given, after = (
@@ -77,7 +78,7 @@ def test_with_other_classes_the_head_is_fresh_and_no_more(first, state):
 
 def test_another_net_is_refused_by_the_name_of_a_parameter(first):
     wider = compile_steps(build(config_of(width=8))).init()
-    source = orthojax.load(first)
+    source = read_trained(first)
     with pytest.raises(WorkdirError, match=r"parameter \S+ is \[.*\] in that run, and \["):
         take_over(wider, source, source.class_names)
 
@@ -90,7 +91,7 @@ def test_it_starts_where_the_other_run_was_and_resumes_as_itself(first, tmp_path
         config.init_from = str(first)
     summary = train_and_evaluate(config, tmp_path / "second")
     assert "begins as step " in capfd.readouterr().err
-    kernel = orthojax.load(first).variables["params"]["head"]["kernel"]
+    kernel = read_trained(first).variables["params"]["head"]["kernel"]
     again = orthojax.load(tmp_path / "second").variables["params"]["head"]["kernel"]
     np.testing.assert_array_equal(kernel, again)
     config.steps = 24
