@@ -12,6 +12,8 @@ from orthojax.ortho import (
     ortho_penalty,
     orthonormality_error,
     project_orthonormal,
+    scale_by_matrix_adam,
+    stiefel,
     views,
 )
 from orthojax.sites import init_site, modulate
@@ -34,6 +36,8 @@ __all__ = [
     "orthonormal",
     "project_orthonormal",
     "read",
+    "scale_by_matrix_adam",
+    "stiefel",
     "views",
 ]
 
