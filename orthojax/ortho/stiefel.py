@@ -67,8 +67,8 @@ def stiefel(
     ========= ============================================= ==================== =================
 
     with two more products where the gradient is projected, `‖U‖` the spectral norm of a step (of
-    SGD: learning rate × gradient). `polar` and `qr` take steps of any size. `pogo` pays for one beyond
-    `‖U‖ = 1` with accuracy, for some steps. `landing` diverges there: keep it below 1/2.
+    SGD: learning rate × gradient). `polar` and `qr` take steps of any size. `pogo` pays for one
+    beyond `‖U‖ = 1` with accuracy, for some steps. `landing` diverges there: stay below 1/2.
 
     It is the whole of the optimizer, learning rate included, as `modulation` is:
 
