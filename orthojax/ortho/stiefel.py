@@ -67,8 +67,9 @@ def stiefel(
     ========= ============================================= ==================== =================
 
     with two more products where the gradient is projected, `‖U‖` the spectral norm of a step (of
-    SGD: learning rate × gradient). `polar` and `qr` take steps of any size. `pogo` pays for one
-    beyond `‖U‖ = 1` with accuracy, for some steps. `landing` diverges there: stay below 1/2.
+    SGD: learning rate × gradient). `polar` and `qr` take steps of any size. Of the
+    others steps should stay below `‖U‖ = 1/2`; beyond 1 they lead away from the manifold. On short
+    steps `polar` is `pogo`, with a look at the error.
 
     It is the whole of the optimizer, learning rate included, as `modulation` is:
 
@@ -238,7 +239,7 @@ def _qr(blocks, identity, step, attraction):
 def _pogo(blocks, identity, step, attraction):
     del attraction
     blocks = blocks + _tangent(blocks, identity, step)
-    return newton_schulz_step(*_within_reach(blocks, gram(blocks)))
+    return newton_schulz_step(blocks, gram(blocks))
 
 
 def _landing(blocks, identity, step, attraction):
