@@ -16,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,10 +86,12 @@ def main() -> int:
         parser.error("--rounds of 2 or more show a spread, and one descent is needed")
     if max(arguments.cores) > len(usable):
         parser.error(f"--cores={max(arguments.cores)}: this process may use {len(usable)}")
+    if arguments.torch_python and not shutil.which(arguments.torch_python):
+        parser.error(f"--torch_python={arguments.torch_python} is no program")
 
     rows, versions = [], {}
     for cores in arguments.cores:
-        workers = {name: Worker(*_ours(usable[:cores])) for name in ("orthojax",)}
+        workers = {"orthojax": Worker(sys.executable, "orthogonality_jax.py", usable[:cores])}
         methods = [("orthojax", method) for method in OURS]
         if arguments.torch_python:
             script = "orthogonality_torch.py"
@@ -99,15 +102,18 @@ def main() -> int:
         for shape in shapes:
             print(f"{cores} cores, {shape}", file=sys.stderr)
             rows += measure(workers, methods, shape, cores, arguments)
+            _save(arguments.output, versions, rows)
         for worker in workers.values():
             worker.close()
-    report = table(rows)
-    print(report)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    record = {**environment(), "versions": versions, "rows": rows}
-    (arguments.output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    (arguments.output / "comparison.md").write_text(report + "\n")
+    print(table(rows))
     return 0
+
+
+def _save(output, versions, rows):
+    output.mkdir(parents=True, exist_ok=True)
+    record = {**environment(), "versions": versions, "rows": rows}
+    (output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
+    (output / "comparison.md").write_text(table(rows) + "\n")
 
 
 def measure(workers, methods, shape, cores, arguments) -> list[dict]:
@@ -191,10 +197,6 @@ def _verdict(rows):
         f"Time of a step, `stiefel` ({ours['method']}) / {theirs['method']}, the fastest of equal"
         f" error: {median:.2f} ({low:.2f} to {high:.2f}); target, at most 1: {verdict}."
     ]
-
-
-def _ours(cores):
-    return sys.executable, "orthogonality_jax.py", cores
 
 
 def _shape(parser, text):

@@ -5,6 +5,7 @@ variants, conv         what is penalized, with gradients in closed form
 kernels                kernels of one shape in one product
 transformation         `optax_ortho`, `decoupled_ortho`: the penalty
 stiefel, matrix_adam   `stiefel`: the constraint; Adam with one second moment for a matrix
+isometric_conv         convolutions that are isometries as operators
 measures, projection   `ortho_penalty`, `orthonormality_error`, `mean_correlation`,
                        `project_orthonormal`
 """
@@ -12,6 +13,7 @@ measures, projection   `ortho_penalty`, `orthonormality_error`, `mean_correlatio
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import views
 from orthojax.ortho.conv import Conv
+from orthojax.ortho.isometric_conv import isometric_conv, isometric_kernel, max_min
 from orthojax.ortho.kernels import VARIANTS
 from orthojax.ortho.matrix_adam import scale_by_matrix_adam
 from orthojax.ortho.measures import mean_correlation, ortho_penalty, orthonormality_error
@@ -42,6 +44,9 @@ __all__ = [
     "StiefelState",
     "Variant",
     "decoupled_ortho",
+    "isometric_conv",
+    "isometric_kernel",
+    "max_min",
     "mean_correlation",
     "optax_ortho",
     "ortho_penalty",
