@@ -98,8 +98,8 @@ def stiefel(
       parameters, so **the first update projects**: kernels that are not orthonormal become the
       nearest that are, and step from there (along the gradient that was taken where they were;
       `project_orthonormal(params)` before `init` avoids even this). Work is done in float32 or
-      better. Updates keep their dtype. float32 parameters reach an `orthonormality_error` of 1e-6
-      or so; bfloat16 ones 2e-3, which is the rounding of an orthonormal kernel.
+      better. Updates keep their dtype. float32 parameters reach an `orthonormality_error` under
+      1e-6; bfloat16 ones 2.5e-3, which is the rounding of an orthonormal kernel.
 
     Raises:
       ValueError: `update` without `params` (optax's message).
