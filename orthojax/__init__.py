@@ -12,11 +12,20 @@ from orthojax.ortho import (
     ortho_penalty,
     orthonormality_error,
     project_orthonormal,
+    scale_by_matrix_adam,
+    stiefel,
     views,
 )
 from orthojax.sites import init_site, modulate
 
 __version__ = "0.1.0"
+
+# What needs Flax; the rest does not.
+_LAZY = {
+    "describe_net": "orthojax.models.summary",
+    "load": "orthojax.inference",
+    "train_and_evaluate": "orthojax.training.train",
+}
 
 __all__ = [
     "decoupled_ortho",
@@ -26,28 +35,25 @@ __all__ = [
     "init_site",
     "linen",
     "load",
+    "mean_correlation",
     "modulate",
     "modulation",
-    "mean_correlation",
     "optax_ortho",
     "ortho_penalty",
-    "orthonormality_error",
     "orthonormal",
+    "orthonormality_error",
     "project_orthonormal",
     "read",
+    "scale_by_matrix_adam",
+    "stiefel",
     "train_and_evaluate",
     "views",
 ]
 
 
 def __getattr__(name):
-    # What needs Flax; the rest does not.
     if name == "linen":
         return importlib.import_module("orthojax.linen")
-    if name == "train_and_evaluate":
-        return importlib.import_module("orthojax.training.train").train_and_evaluate
-    if name == "load":
-        return importlib.import_module("orthojax.inference").load
-    if name == "describe_net":
-        return importlib.import_module("orthojax.models.summary").describe_net
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from orthojax.errors import ConfigError
-from orthojax.matrices import accumulation_dtype, group_sizes
+from orthojax.matrices import accumulation_dtype, group_sizes, orthonormal_factor
 
 
 def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1):
@@ -146,11 +146,8 @@ def orthonormal_columns(key, rows: int, columns: int, dtype=jnp.float32) -> jax.
       >>> orthonormal_columns(jax.random.key(0), 5, 3).shape
       (5, 3)
     """
-    gaussian = jax.random.normal(key, (rows, columns), dtype)
-    q, r = jnp.linalg.qr(gaussian)
-    # Householder QR leaves the signs of R's diagonal arbitrary. Gram-Schmidt makes them positive,
-    # and only then is Q uniformly distributed.
-    return q * jnp.where(jnp.diagonal(r) < 0, -1, 1).astype(dtype)[None]
+    # With other signs than those of Gram-Schmidt Q would not be uniformly distributed.
+    return orthonormal_factor(jax.random.normal(key, (rows, columns), dtype))
 
 
 def _of_every_group(key, groups, make):

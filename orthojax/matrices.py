@@ -238,10 +238,35 @@ def gram(blocks: jax.Array) -> jax.Array:
       >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]])).tolist()
       [[[1.0, 2.0], [2.0, 5.0]]]
     """
-    rows = tuple(range(1, blocks.ndim - 1))
+    return cross_gram(blocks, blocks)
+
+
+def cross_gram(left: jax.Array, right: jax.Array) -> jax.Array:
+    """`VᵀW` of every pair of blocks: twice `(blocks, *inputs, n)` to `(blocks, n, n)`.
+
+    Example:
+      >>> cross_gram(jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0], [4.0]]])).tolist()
+      [[[11.0]]]
+    """
+    rows = tuple(range(1, left.ndim - 1))
     return jax.lax.dot_general(
-        blocks, blocks, ((rows, rows), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
+        left, right, ((rows, rows), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
     )
+
+
+def orthonormal_factor(matrices: jax.Array) -> jax.Array:
+    """`Q` of `M = QR` with the diagonal of `R` not negative: `(..., rows, n)`, `rows >= n`.
+
+    Householder QR leaves the signs of R's diagonal arbitrary; Gram-Schmidt makes them positive,
+    which makes `Q` unique and continuous in `M`.
+
+    Example:
+      >>> orthonormal_factor(jnp.array([[-3.0], [4.0]])).round(3).tolist()
+      [[-0.6000000238418579], [0.800000011920929]]
+    """
+    q, r = jnp.linalg.qr(matrices)
+    diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
+    return q * jnp.where(diagonal < 0, -1, 1).astype(matrices.dtype)[..., None, :]
 
 
 def times(blocks: jax.Array, matrices: jax.Array) -> jax.Array:

@@ -195,15 +195,19 @@ def find_kernels(
 
 
 def map_blocks(
-    function: Callable[[jax.Array, jax.Array, Layout], jax.Array],
+    function: Callable[..., jax.Array],
     kernels: list[tuple[jax.Array, Kernel]],
+    *others: list[jax.Array],
 ) -> list[jax.Array]:
     """`function(blocks, identity, layout)` of every kernel, called once for the small of a layout.
 
     Args:
       function: Maps blocks `(b, *inputs, n)`, targets `(b, n, n)` or `(1, n, n)`, and their layout
-        to an array with the leading axis of the blocks.
+        to an array with the leading axis of the blocks. The blocks of `others` are further
+        arguments.
       kernels: Arrays and their descriptions.
+      others: Lists of further arrays, one for each kernel and of its shape, such as gradients; they
+        are cast to the dtype of the kernel's blocks.
 
     Returns:
       The part of the result that belongs to each kernel, in order: an array of the kernel's own
@@ -222,18 +226,22 @@ def map_blocks(
         parts = _with_auto_axes(
             functools.partial(_map_bucket, function, layout, [kernel for _, kernel in members]),
             [array for array, _ in members],
+            *([arrays[number] for number in numbers] for arrays in others),
         )
         for number, part in zip(numbers, parts, strict=True):
             results[number] = part
     return [results[number] for number in range(len(kernels))]
 
 
-def _map_bucket(function, layout, members, arrays):
-    parts = [to_blocks(a, k.axes, k.grouping) for a, k in zip(arrays, members, strict=True)]
-    identity = _identity(members, layout.dtype)
-    # One member is not copied.
-    blocks = jnp.concatenate(parts) if len(parts) > 1 else parts[0]
-    result = function(blocks, identity, layout)
+def _map_bucket(function, layout, members, *operands):
+    def joined(arrays):
+        parts = [to_blocks(a, k.axes, k.grouping) for a, k in zip(arrays, members, strict=True)]
+        parts = [part.astype(layout.dtype) for part in parts]
+        # One member is not copied.
+        return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
+
+    blocks, *others = map(joined, operands)
+    result = function(blocks, _identity(members, layout.dtype), layout, *others)
     ends = np.cumsum([kernel.blocks for kernel in members])
     parts = jnp.split(result, ends[:-1])
     if result.shape != blocks.shape:
@@ -250,8 +258,8 @@ def _explicit_sharding(array):
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def _with_auto_axes(function, arrays):
-    """`function(arrays)`, also on a mesh whose axes are explicit.
+def _with_auto_axes(function, arrays, *others):
+    """`function(arrays, *others)`, also on a mesh whose axes are explicit.
 
     There every product would have to say how its result is sharded. The kernels' own sharding is
     all that matters here; what is between is better left to the compiler. What is not of a kernel's
@@ -259,15 +267,18 @@ def _with_auto_axes(function, arrays):
     """
     shardings = [_explicit_sharding(array) for array in arrays]
     if None in shardings:
-        return function(arrays)
-    plain = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays]
+        return function(arrays, *others)
+    plain = [
+        [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operand]
+        for operand in (arrays, *others)
+    ]
     outputs = [
         own if output.shape == array.shape else NamedSharding(own.mesh, PartitionSpec())
         for own, array, output in zip(
-            shardings, arrays, jax.eval_shape(function, plain), strict=True
+            shardings, arrays, jax.eval_shape(function, *plain), strict=True
         )
     ]
-    return jax.sharding.auto_axes(function, out_sharding=outputs)(arrays)
+    return jax.sharding.auto_axes(function, out_sharding=outputs)(arrays, *others)
 
 
 def _identity(members, dtype):

@@ -52,9 +52,9 @@ def project_orthonormal(
     """
     if method not in ("newton_schulz", "svd"):
         raise ConfigError(f"method={method!r} is unknown: choose 'newton_schulz' or 'svd'")
-    polar = _newton_schulz if method == "newton_schulz" else _svd
+    factor = polar if method == "newton_schulz" else _svd
     kernels = penalized_or_refuse(params, mask, view, grouping)
-    parts = map_blocks(lambda blocks, identity, layout: polar(blocks, identity), kernels)
+    parts = map_blocks(lambda blocks, identity, layout: factor(blocks, identity), kernels)
     projected = {
         kernel.path: part.astype(array.dtype)
         for part, (array, kernel) in zip(parts, kernels, strict=True)
@@ -65,38 +65,72 @@ def project_orthonormal(
     )
 
 
-def _newton_schulz(blocks, identity):
+def polar(blocks: jax.Array, identity: jax.Array) -> jax.Array:
     """Polar factors of blocks `(blocks, *inputs, n)`; columns of padding stay zero.
+
+    By Newton and Schulz, of blocks of any scale and condition. A wide block gets orthonormal rows.
+    """
+    blocks = _with_full_rank(_scaled(blocks), identity)
+    return of_tall(_polar_of_tall, blocks, identity)
+
+
+def of_tall(function, blocks, identity, *others):
+    """`function(blocks, identity, *others)`; of blocks with more columns than rows, the transposes.
+
+    What `function` returns has the shape of the blocks that it is given, and is transposed back.
+    """
+    shape = blocks.shape
+    if shape[-1] <= math.prod(shape[1:-1]):
+        return function(blocks, identity, *others)
+    turned = (x.reshape((shape[0], -1, shape[-1])).transpose(0, 2, 1) for x in (blocks, *others))
+    blocks, *others = turned
+    identity = jnp.eye(blocks.shape[-1], dtype=blocks.dtype)[None]
+    return function(blocks, identity, *others).transpose(0, 2, 1).reshape(shape)
+
+
+def _polar_of_tall(blocks, identity):
+    # The largest row sum of WᵀW bounds its largest eigenvalue: afterwards no singular value is
+    # above 1, and all of them grow to 1 without overshooting.
+    product = gram(blocks)
+    scale = jax.lax.rsqrt(row_sum(product))
+    return newton_schulz(
+        blocks * over_blocks(scale, blocks), product * over_blocks(scale**2, product), identity
+    )
+
+
+def newton_schulz(blocks, product, identity):
+    """Iterates to the polar factor of tall blocks with `WᵀW = product`; singular values < √3.
 
     The iteration takes a singular value below 1/2 up by a factor of almost 3/2 a step, so it goes
     on until all have arrived: a bound on the change of `X` would stop it where some are too small
     to be seen.
     """
-    shape = blocks.shape
-    blocks = _with_full_rank(_scaled(blocks), identity)
-    wide = shape[-1] > math.prod(shape[1:-1])
-    if wide:
-        blocks = blocks.reshape((shape[0], -1, shape[-1])).transpose(0, 2, 1)
-        identity = jnp.eye(blocks.shape[-1], dtype=blocks.dtype)[None]
-    # The largest row sum of WᵀW bounds its largest eigenvalue: afterwards no singular value is
-    # above 1, and all of them grow to 1 without overshooting.
-    bound = jnp.max(jnp.sum(jnp.abs(gram(blocks)), axis=2), axis=1)
-    blocks = blocks * _over_blocks(jax.lax.rsqrt(bound), blocks)
-
-    def step(carry):
-        count, blocks, product = carry
-        blocks = 1.5 * blocks - 0.5 * times(blocks, product)
-        return count + 1, blocks, gram(blocks)
+    # An excess E becomes at most 3/4 E² + 1/4 E³: from the root of the rounding error one step
+    # leads to it, and its Gram matrix need not be seen any more.
+    close = float(jnp.finfo(blocks.dtype).eps) ** 0.5
 
     def far(carry):
         count, _, product = carry
         excess = jnp.sum((product - identity) ** 2, axis=(1, 2))
-        return (count < _MOST_STEPS) & jnp.any(excess > 0.1**2)
+        return (count < _MOST_STEPS) & jnp.any(excess > close**2)
 
-    carry = jax.lax.while_loop(far, step, (jnp.zeros([], jnp.int32), blocks, gram(blocks)))
-    # An excess E becomes at most 3/4 E² + 1/4 E³: four steps lead from 0.1 to under 1e-17.
-    _, blocks, _ = jax.lax.fori_loop(0, 4, lambda _, carry: step(carry), carry)
-    return blocks.transpose(0, 2, 1).reshape(shape) if wide else blocks
+    def step(carry):
+        count, blocks, product = carry
+        blocks = newton_schulz_step(blocks, product)
+        return count + 1, blocks, gram(blocks)
+
+    _, blocks, product = jax.lax.while_loop(far, step, (jnp.zeros([], jnp.int32), blocks, product))
+    return newton_schulz_step(blocks, product)
+
+
+def newton_schulz_step(blocks, product):
+    """`X (3I − XᵀX)/2`, `product` being `XᵀX`."""
+    return 1.5 * blocks - 0.5 * times(blocks, product)
+
+
+def row_sum(product):
+    """`(blocks,)`: the largest row sum of `|WᵀW|`, which bounds its largest eigenvalue."""
+    return jnp.max(jnp.sum(jnp.abs(product), axis=2), axis=1)
 
 
 # A singular value at the rounding error of float64 takes some 100 steps.
@@ -141,5 +175,6 @@ def _with_full_rank(blocks, identity):
     return blocks + 8 * jnp.finfo(blocks.dtype).eps * noise * columns
 
 
-def _over_blocks(per_block, blocks):
+def over_blocks(per_block, blocks):
+    """`(blocks,)` shaped to multiply an array that has them in front."""
     return per_block.reshape((-1, *(1,) * (blocks.ndim - 1)))
