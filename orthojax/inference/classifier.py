@@ -3,45 +3,26 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError
 from orthojax.inference.folding import FoldedNet, fold_batch_norm
 from orthojax.models import ConvNet
 from orthojax.training.step import batch_statistics
+from orthojax.training.trained import Trained
 
 Images = np.ndarray | str | os.PathLike | Sequence[str | os.PathLike]
 
 LARGEST_BATCH = 256  # what is more is cut into pieces, which bounds the memory
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Classifier:
-    """A net, its variables, and what to do to an image before.
-
-    Attributes:
-      net: a Flax linen module without modulation sites.
-      variables: `params` and `batch_stats`.
-      preprocessing: of images; it has the names of the classes.
-      step: of the checkpoint.
-    """
-
-    net: nn.Module | FoldedNet
-    variables: Mapping[str, Any]
-    preprocessing: Preprocessing
-    step: int
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """One for each column of what `predict` returns."""
-        return self.preprocessing.class_names
+class Classifier(Trained):
+    """A trained net that answers; its `net` may be a `FoldedNet`."""
 
     def predict(self, images: Images) -> np.ndarray:
         """Probabilities of the classes.

@@ -29,4 +29,4 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
       >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """
-    return Classifier(*read_trained(workdir, step))
+    return Classifier(**vars(read_trained(workdir, step)))

@@ -1,12 +1,13 @@
 """From a working directory to the trained net in it, without its data set."""
 
+import dataclasses
 import json
 import os
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax import linen as nn
 
 from orthojax.config.sections import bind
 from orthojax.data import preprocessing
@@ -19,24 +20,25 @@ from orthojax.storage.workdir import CONFIG
 from orthojax.training.experiment import Settings, net_of
 
 
-class Trained(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trained:
     """A trained net, on one device.
 
     Attributes:
-      net: without modulation sites, which have done their work.
+      net: a linen module without modulation sites, which have done their work.
       variables: its `params` and `batch_stats`.
-      preprocessing: of images.
+      preprocessing: of images; it has the names of the classes.
       step: of the checkpoint.
     """
 
-    net: nn.Module
-    variables: dict[str, Any]
+    net: Any
+    variables: Mapping[str, Any]
     preprocessing: Preprocessing
     step: int
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of the labels that it was trained on."""
+        """One for each logit."""
         return self.preprocessing.class_names
 
 
