@@ -32,7 +32,7 @@ RATES = (0.25, 0.5, 1.0)
 # A step in the parameter A of exp(A − Aᵀ) turns twice as far, and diverges sooner.
 HALF = {"geotorch": 0.5, "parametrizations.orthogonal": 0.5}
 SAFE_RATE = 0.1  # of the timing
-SLOW, FEW = 2.0, 2  # seconds a step from which on there are so few rounds, and one descent
+SLOW, FEW = 0.5, 2  # seconds a step from which on there are so few rounds, and one descent
 # Errors that count as none, and at most for a method to be compared.
 EXACT, LOOSE = 1e-5, 1e-2
 
