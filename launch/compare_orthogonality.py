@@ -72,6 +72,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch_python", help="an interpreter with torch, geotorch, pogo-torch")
+    parser.add_argument("--theirs", nargs="+", choices=THEIRS, default=THEIRS, metavar="METHOD")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="COUNTxROWSxCOLUMNS")
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=11)
@@ -95,7 +96,7 @@ def main() -> int:
         if arguments.torch_python:
             script = "orthogonality_torch.py"
             workers["torch"] = Worker(arguments.torch_python, script, usable[:cores])
-            methods += [("torch", method) for method in THEIRS]
+            methods += [("torch", method) for method in arguments.theirs]
         for worker in workers.values():
             versions |= worker.ask(versions=True)
         for shape in shapes:
