@@ -32,7 +32,7 @@ RATES = (0.25, 0.5, 1.0)
 # A step in the parameter A of exp(A − Aᵀ) turns twice as far, and diverges sooner.
 HALF = {"geotorch": 0.5, "parametrizations.orthogonal": 0.5}
 SAFE_RATE = 0.1  # of the timing
-SLOW, FEW = 2.0, 2  # seconds a step from which on there are so few rounds, and one descent
+SLOW, FEW = 0.5, 2  # seconds a step from which on there are so few rounds, and one descent
 # Errors that count as none, and at most for a method to be compared.
 EXACT, LOOSE = 1e-5, 1e-2
 
@@ -72,6 +72,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--torch_python", help="an interpreter with torch, geotorch, pogo-torch")
+    parser.add_argument("--theirs", nargs="+", choices=THEIRS, default=THEIRS, metavar="METHOD")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, metavar="COUNTxROWSxCOLUMNS")
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=11)
@@ -95,7 +96,7 @@ def main() -> int:
         if arguments.torch_python:
             script = "orthogonality_torch.py"
             workers["torch"] = Worker(arguments.torch_python, script, usable[:cores])
-            methods += [("torch", method) for method in THEIRS]
+            methods += [("torch", method) for method in arguments.theirs]
         for worker in workers.values():
             versions |= worker.ask(versions=True)
         for shape in shapes:
