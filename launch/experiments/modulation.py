@@ -15,6 +15,8 @@ ARMS = {
     "modulated": {"tolerance": 10.0},
     "tolerance 1": {"tolerance": 1.0},
     "tolerance 10,000": {"tolerance": 1e4},
+    "the first 60 steps": {"steps": 60},
+    "the first 300 steps": {"steps": 300},
     "normalized error": {"tolerance": 1.0, "reference": 1.0},
     "off": None,
 }
@@ -35,6 +37,8 @@ ORDER = (
     *((110, arm) for arm in ("off", "SGD + L2", *ISOMETRIC)),
     (62, "tolerance 1"),
     (62, "tolerance 10,000"),
+    (62, "the first 60 steps"),
+    (62, "the first 300 steps"),
     *((depth, arm) for depth in (62, 44) for arm in RIVALS),
     *((110, arm) for arm in RIVALS),
     (302, "modulated"),
