@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import pathlib
-from typing import Any
 
 from orthojax.data.streamed import FakeDataset, StreamedDataset, check_packages, checked_numbers
 from orthojax.errors import DatasetError
@@ -92,9 +91,39 @@ def load(
     return StreamedDataset(name, train, test, len(names), flip=flip, class_names=names, **numbers)
 
 
-def fake_data(name: str = "folder", data_dir: str | None = None, **arguments: Any) -> FakeDataset:
-    """The same with black images, for compiling; the folders are looked at for the classes."""
-    given = load(name, data_dir, **arguments)
+def fake_data(
+    name: str = "folder",
+    data_dir: str | None = None,
+    *,
+    train_split: str = TRAIN,
+    test_split: str | None = None,
+    resize: int = 256,
+    crop: int = 224,
+    flip: bool = True,
+    color_std: float = 0.1,
+    workers: int | None = None,
+    threads: int = 1,
+) -> FakeDataset:
+    """The same with black images, for compiling; the folders are looked at for the classes.
+
+    Args:
+      name: see `load`; the other arguments too.
+
+    Raises:
+      DatasetError: see `load`.
+    """
+    given = load(
+        name,
+        data_dir,
+        train_split=train_split,
+        test_split=test_split,
+        resize=resize,
+        crop=crop,
+        flip=flip,
+        color_std=color_std,
+        workers=workers,
+        threads=threads,
+    )
     return FakeDataset(**{f.name: getattr(given, f.name) for f in dataclasses.fields(given)})
 
 

@@ -18,6 +18,7 @@ from orthojax.configs import digits_plain110
 from orthojax.data import jpeg, sampler
 from orthojax.data.folder import files
 from orthojax.errors import DatasetError
+from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
 
 CLASSES = ("ant", "bee", "cow")
@@ -151,6 +152,7 @@ def test_fake_data_has_the_same_shapes(root):
     fake = data.fake_data("folder", str(root), **OPTIONS)
     assert next(fake.train_batches(4, seed=0))["image"].shape == (4, 16, 16, 3)
     assert fake.num_classes == 3
+    assert build(folder_config(root), load=data.fake_data).dataset.image_shape == (16, 16, 3)
 
 
 def folder_config(root, **changes):
