@@ -65,15 +65,14 @@ def main() -> int:
         baseline = read(arguments.baseline) if arguments.baseline.exists() else {}
     except UserError as error:
         parser.error(str(error))
+    clock = {"clock": CLOCKS[arguments.clock]}
+    extras = {"step": clock, "latency": clock, "input": {"data_dir": arguments.data_dir}}
     found = []
     for part in PARTS:
         if part in arguments.parts or "all" in arguments.parts:
             print(f"{part}:", file=sys.stderr)
             measure = importlib.import_module(f"benchmarks.{part}").measure
-            extra = {"data_dir": arguments.data_dir} if part == "input" else {}
-            if part in ("step", "latency"):
-                extra["clock"] = CLOCKS[arguments.clock]
-            found += measure(arguments.rounds, arguments.depth, **extra)
+            found += measure(arguments.rounds, arguments.depth, **extras.get(part, {}))
     print(table(found))
     arguments.output.mkdir(parents=True, exist_ok=True)
     save(arguments.output / "measurements.json", found, **environment())

@@ -46,7 +46,7 @@ ORDER = (
 
 
 def config(depth, arm):
-    """The config of an arm; all have the same schedule, two thirds of it at the high rate."""
+    """The config of an arm; all have the same schedule, a rate that falls linearly to 0."""
     found = digits_plain110.get_config(f"depth={depth},method=ortho,steps={STEPS[depth]}")
     found.eval_every = found.checkpoint_every = STEPS[depth] // 2
     found.mesh.data = 1

@@ -1,6 +1,7 @@
 """From any picture to what a net was trained on; kept beside a run, so no data set is needed."""
 
 import dataclasses
+import io
 import os
 import pathlib
 from collections.abc import Mapping
@@ -68,7 +69,7 @@ class Preprocessing:
         except OSError as error:
             raise DatasetError(f"{path}: {error.strerror or error}") from error
         try:
-            return self._photograph(encoded) if self.resize else self._picture(path)
+            return self._photograph(encoded) if self.resize else self._picture(encoded)
         except (OSError, ValueError, SyntaxError) as error:
             raise DatasetError(f"{path} is no picture that can be read: {error}") from error
 
@@ -96,9 +97,9 @@ class Preprocessing:
         shape, names = tuple(values["image_shape"]), tuple(values["class_names"])
         return cls(shape, names, **arrays, resize=values["resize"])
 
-    def _picture(self, path: str | os.PathLike) -> np.ndarray:
+    def _picture(self, encoded: bytes) -> np.ndarray:
         height, width, channels = self.image_shape
-        with PIL.Image.open(path) as image:
+        with PIL.Image.open(io.BytesIO(encoded)) as image:
             converted = image.convert("L" if channels == 1 else "RGB")
         scaled = converted.resize((width, height), PIL.Image.Resampling.BOX)
         return np.asarray(scaled).reshape(self.image_shape)

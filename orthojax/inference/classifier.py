@@ -93,7 +93,7 @@ class Classifier(Trained):
             if not all(isinstance(path, str | os.PathLike) for path in images):
                 raise DatasetError("images are neither one uint8 array nor paths of pictures")
             read = [self.preprocessing.read(path) for path in images]
-            return np.stack(read) if read else self._pixels(np.zeros((0, *self._shape), np.uint8))
+            return np.stack(read) if read else np.zeros((0, *self._shape), np.uint8)
         pixels = np.asarray(images)
         if pixels.ndim == len(self._shape):
             pixels = pixels[None]
