@@ -6,6 +6,7 @@ python launch/reproduce.py all --preset=full                 # the paper's proto
 
 Start the same command several times to use more cores or machines; interrupt it anywhere and start
 it again to go on. `--resume` does that alone: it is an error where nothing was started.
+`--finished` trains nothing and reports on what there is.
 """
 
 import argparse
@@ -23,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
-BEYOND = ("modulation", "gap", "ablation", "depth")
+BEYOND = ("modulation", "gap", "ablation", "depth", "rivals")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,9 @@ def main():
         "--resume", action="store_true", help="only go on with what is in the workdir"
     )
     parser.add_argument(
+        "--finished", action="store_true", help="train nothing; report on what has been trained"
+    )
+    parser.add_argument(
         "--keep_memory",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -74,7 +78,7 @@ def main():
 def reproduce(arguments):
     """Trains what is not trained yet, then writes the reports."""
     from orthojax.errors import WorkdirError
-    from orthojax.training.sweep import work
+    from orthojax.training.sweep import finished, work
 
     wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
     if arguments.resume and not any(arguments.workdir.glob(f"*_{arguments.preset}")):
@@ -88,7 +92,7 @@ def reproduce(arguments):
         workdir = arguments.workdir / f"{name}_{arguments.preset}"
         seeds = tuple(range(arguments.seeds))
         options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
-        results = work(experiment.jobs(options))
+        results = (finished if arguments.finished else work)(experiment.jobs(options))
         experiment.report(options, results)
         print(f"written to {workdir}: report.md")
 

@@ -138,6 +138,38 @@ def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
     return init
 
 
+def mirrored(init):
+    """Kernels `[K, -K]` over the inputs, for layers above a CReLU: `K relu(x) - K relu(-x) = K x`.
+
+    So a net of such layers is linear at initialization ("looks linear"; Balduzzi et al. 2017,
+    arXiv:1702.08591).
+
+    Args:
+      init: of K, which has half the inputs.
+
+    Returns:
+      `init(key, shape, dtype=float32)`.
+
+    Raises:
+      ConfigError: at call time, an odd number of inputs.
+
+    Example:
+      >>> import jax
+      >>> kernel = mirrored(orthonormal())(jax.random.key(0), (8, 3))
+      >>> bool((kernel[:4] == -kernel[4:]).all())
+      True
+    """
+
+    def mirror(key, shape, dtype=jnp.float32):
+        *window, inputs, outputs = shape
+        if inputs % 2:
+            raise ConfigError(f"a kernel of shape {tuple(shape)} has no two halves of its inputs")
+        half = init(key, (*window, inputs // 2, outputs), dtype)
+        return jnp.concatenate([half, -half], axis=-2)
+
+    return mirror
+
+
 def orthonormal_columns(key, rows: int, columns: int, dtype=jnp.float32) -> jax.Array:
     """A Haar-distributed `(rows, columns)` matrix with `QᵀQ = I`; `rows >= columns`.
 

@@ -20,6 +20,9 @@ from flax import linen as nn
 
 from orthojax.models import BatchNorm, ConvNet, unstack_blocks
 from orthojax.models.blocks import BN_EPSILON
+from orthojax.models.dirac import dirac_kernel
+
+_FOLDED = ("conv", "bn", "dirac_identity", "dirac_scale")  # of a layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,9 @@ class FoldedNet:
         """Logits, float32 (N, classes), of normalized images; `train` must be False."""
         if train:
             raise ValueError("a folded net has no batch normalization left to train")
-        unrolled = self.net.clone(scan=False, remat="none", modulated=False)
+        unrolled = self.net.clone(
+            scan=False, remat="none", modulated=False, parametrization="direct"
+        )
         with nn.intercept_methods(_add_bias):
             return unrolled.apply({**variables, "batch_stats": {}}, images, train=False)
 
@@ -56,7 +61,7 @@ def fold_batch_norm(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fold(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str, Any]:
-    if "conv" not in params:
+    if "bn" not in params:
         return {
             name: _fold(value, statistics.get(name, {})) if isinstance(value, Mapping) else value
             for name, value in params.items()
@@ -64,11 +69,15 @@ def _fold(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str,
     given = {**params["bn"], **statistics["bn"]}
     bn = {name: np.asarray(leaf, np.float64) for name, leaf in given.items()}
     factor = bn["scale"] / np.sqrt(bn["var"] + BN_EPSILON)
-    kernel = np.asarray(params["conv"]["kernel"], np.float64) * factor
+    kernel = params["conv"]["kernel"]
+    if "dirac_identity" in params:
+        kernel = dirac_kernel(kernel, params["dirac_identity"], params["dirac_scale"])
+    kernel = np.asarray(kernel, np.float64) * factor
     bias = bn["bias"] - factor * bn["mean"]
     return {
         "conv": {"kernel": jnp.asarray(kernel, jnp.float32)},
         "bn": {"bias": jnp.asarray(bias, jnp.float32)},
+        **{name: value for name, value in params.items() if name not in _FOLDED},
     }
 
 

@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthojax.linen import site_of
+from orthojax.models.activations import Activation
 from orthojax.models.convolution import conv_general_dilated
+from orthojax.models.dirac import dirac
 from orthojax.models.normalization import BatchNorm
+from orthojax.sites import modulate
 
 #: Of the running statistics of batch normalization.
 BN_MOMENTUM = 0.9
@@ -22,59 +26,89 @@ class LayerSpec:
     Attributes:
       kernel_init: initializer of kernels that keep channels and resolution.
       change_init: initializer of kernels that change the channel count or the resolution.
-      bn_bias: initial bias of batch normalization (the mean before the ReLU).
+      activation: what follows; ReLU is fused into batch normalization.
+      bn_bias: initial bias of batch normalization (the mean before the activation).
+      bn_scale: its initial scale.
+      last_bn_scale: that of the last of a residual block.
       modulated: whether there is a modulation site behind every convolution.
       dtype: compute dtype; parameters, statistics and moments are float32.
       bn_groups: groups of the batch that batch normalization treats apart.
+      norm: "batch", or "none": then a convolution has a bias.
+      bias_std: standard deviation of that bias at initialization.
+      parametrization: "direct", or "dirac" where a kernel keeps channels and resolution.
     """
 
     kernel_init: Any
     change_init: Any
+    activation: Activation = Activation(lambda: jax.nn.relu)
     bn_bias: float = 0.0
+    bn_scale: float = 1.0
+    last_bn_scale: float = 1.0
     modulated: bool = False
     dtype: Any = jnp.float32
     bn_groups: int = 1
+    norm: str = "batch"
+    bias_std: float = 0.0
+    parametrization: str = "direct"
 
 
 class ConvBN(nn.Module):
     """Convolution, modulation site, batch normalization, ReLU: the unit that a layer is counted by.
 
+    The last two are what `spec` says: the normalization may be missing, and the activation another.
+
     Called as `x, train`; x is (N, H, W, C) and comes back as
-    (N, ceil(H / stride), ceil(W / stride), features).
+    (N, ceil(H / stride), ceil(W / stride), features), with `spec.activation.copies` times the
+    features where the activation is applied.
     """
 
     features: int
     spec: LayerSpec
     stride: int = 1
     window: int = 3
-    relu: bool = True
+    activate: bool = True
+    scale: float | None = None  # of batch normalization; None is the spec's
 
     @nn.compact
     def __call__(self, x, train: bool):
         spec = self.spec
-        same = x.shape[-1] == self.features and self.stride == 1
+        copies = spec.activation.copies
+        same = x.shape[-1] == copies * self.features and self.stride == 1
+        normalized = spec.norm == "batch"
+        convolve = conv_general_dilated if train else None
         x = nn.Conv(
             self.features,
             (self.window, self.window),
             self.stride,
-            use_bias=False,
+            use_bias=not normalized,
             dtype=spec.dtype,
             kernel_init=spec.kernel_init if same else spec.change_init,
+            bias_init=nn.initializers.normal(spec.bias_std),
             # In evaluation JAX's own, which forward-mode differentiation goes through.
-            conv_general_dilated=conv_general_dilated if train else None,
+            conv_general_dilated=dirac(self, self.features, convolve)
+            if same and spec.parametrization == "dirac"
+            else convolve,
             name="conv",
         )(x)
-        return BatchNorm(
-            use_running_average=not train,
-            relu=self.relu,
-            modulated=spec.modulated,
-            groups=spec.bn_groups,
-            momentum=BN_MOMENTUM,
-            epsilon=BN_EPSILON,
-            dtype=spec.dtype,
-            bias_init=nn.initializers.constant(spec.bn_bias),
-            name="bn",
-        )(x)
+        activation = spec.activation.make() if self.activate else None
+        fused = normalized and activation is jax.nn.relu
+        if normalized:
+            scale = spec.bn_scale if self.scale is None else self.scale
+            x = BatchNorm(
+                use_running_average=not train,
+                relu=fused,
+                modulated=spec.modulated,
+                groups=spec.bn_groups,
+                momentum=BN_MOMENTUM,
+                epsilon=BN_EPSILON,
+                dtype=spec.dtype,
+                bias_init=nn.initializers.constant(spec.bn_bias),
+                scale_init=nn.initializers.constant(scale),
+                name="bn",
+            )(x)
+        elif spec.modulated and (site := site_of(self)) is not None:
+            x = modulate(x, site)
+        return x if activation is None or fused else activation(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +137,8 @@ class _Block(nn.Module):
     """What plain and residual blocks share.
 
     Called as `x, train`; x is (N, H, W, C) and comes back as
-    (N, ceil(H / stride), ceil(W / stride), features · expansion). The stride is that of the first
+    (N, ceil(H / stride), ceil(W / stride), features · expansion), times the activation's copies of
+    the channels. The stride is that of the first
     convolution, also where its window is 1×1 (He et al. 2016).
     """
 
@@ -112,7 +147,7 @@ class _Block(nn.Module):
     stride: int = 1
     layout: BlockLayout = BASIC
 
-    def _layers(self, relu_at_last: bool = True) -> list[ConvBN]:
+    def _layers(self, branch: bool = False) -> list[ConvBN]:
         last = len(self.layout.layers) - 1
         return [
             ConvBN(
@@ -120,7 +155,8 @@ class _Block(nn.Module):
                 self.spec,
                 self.stride if index == 0 else 1,
                 window,
-                relu=index < last or relu_at_last,
+                activate=index < last or not branch,
+                scale=self.spec.last_bn_scale if branch and index == last else None,
                 name=f"layer_{index}",
             )
             for index, (window, expansion) in enumerate(self.layout.layers)
@@ -128,7 +164,7 @@ class _Block(nn.Module):
 
 
 class PlainBlock(_Block):
-    """Conv-BN-ReLU, for every layer of the layout."""
+    """Convolution, normalization, activation, for every layer of the layout."""
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -147,10 +183,12 @@ class ResidualBlock(_Block):
     @nn.compact
     def __call__(self, x, train: bool):
         y = x
-        for layer in self._layers(relu_at_last=False):
+        for layer in self._layers(branch=True):
             y = layer(y, train)
         if y.shape != x.shape:
             window, features = self.layout.shortcut, y.shape[-1]
-            shortcut = ConvBN(features, self.spec, self.stride, window, relu=False, name="shortcut")
+            shortcut = ConvBN(
+                features, self.spec, self.stride, window, activate=False, name="shortcut"
+            )
             x = shortcut(x, train)
-        return jax.nn.relu(x + y)
+        return self.spec.activation.make()(x + y)

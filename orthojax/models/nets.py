@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.initializers import delta_orthonormal, orthonormal
+from orthojax.initializers import delta_orthonormal, mirrored, orthonormal
 from orthojax.linen import counted_sites
+from orthojax.models.activations import ACTIVATIONS
 from orthojax.models.blocks import (
     BASIC,
     BlockLayout,
@@ -27,6 +28,8 @@ KERNEL_INITS = {
     "delta_orthonormal": (delta_orthonormal, orthonormal),
     "he": (nn.initializers.he_normal, nn.initializers.he_normal),
 }
+NORMS = ("batch", "none")
+PARAMETRIZATIONS = ("direct", "dirac")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +68,19 @@ class ConvNet(nn.Module):
       num_classes: outputs of the head.
       kernel_init: "orthonormal" (Gram-Schmidt; the paper's), "delta_orthonormal" or "he", or an
         initializer `(key, shape, dtype) -> array` for all kernels.
+      kernel_gain: singular value of orthonormal kernels; with tanh and no normalization take
+        `orthojax.mean_field.critical_tanh`'s.
+      norm: "batch", or "none"; then every convolution has a bias.
+      bias_std: standard deviation of these biases at initialization.
+      activation: "relu"; "tanh"; "crelu", under kernels that are mirrored, so that the net is
+        linear at initialization (Balduzzi et al. 2017); "shifted_relu" (Qi et al. 2020);
+        "tailored_relu" and "shaped_softplus", which are solved from the depth (Zhang et al. 2022,
+        Martens et al. 2021).
+      parametrization: "direct", or "dirac": kernels that keep the shape have the identity inside
+        them (Zagoruyko and Komodakis 2017).
       bn_bias: initial bias of every BN. The paper's is 0; a positive one lets most units pass
         the ReLU unchanged, so that a deep plain net is closer to an isometry at initialization.
+      bn_scale: initial scale of every BN.
       bn_groups: batch normalization takes its statistics from this many parts of a batch, each on
         its own; 1 is the whole batch, on however many devices it lies. The number of devices makes
         it a matter of each device. See `orthojax.models.normalization.BatchNorm`.
@@ -84,14 +98,21 @@ class ConvNet(nn.Module):
     Called with images, float (N, H, W, C), and `train`; returns float32 logits (N, classes).
 
     Raises:
-      ValueError: the depth, the initializer or `remat` is unknown.
+      ValueError: the depth, the initializer or another name is unknown, or an option would change
+        nothing, such as `bias_std` with batch normalization.
     """
 
     depth: int
     width: int
     num_classes: int
     kernel_init: str | Callable[..., Any] = "orthonormal"
+    kernel_gain: float = 1.0
+    norm: str = "batch"
+    bias_std: float = 0.0
+    activation: str = "relu"
+    parametrization: str = "direct"
     bn_bias: float = 0.0
+    bn_scale: float = 1.0
     bn_groups: int = 1
     modulated: bool = False
     dtype: Any = jnp.float32
@@ -109,6 +130,16 @@ class ConvNet(nn.Module):
             )
         if self.bn_groups < 1:
             raise ValueError(f"bn_groups={self.bn_groups} is not a positive number of groups")
+        for name, known in (
+            ("norm", NORMS),
+            ("activation", ACTIVATIONS),
+            ("parametrization", PARAMETRIZATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; take one of {', '.join(known)}"
+                )
+        self._check_what_changes_nothing()
         if not callable(self.kernel_init) and self.kernel_init not in KERNEL_INITS:
             raise ValueError(
                 f"kernel_init={self.kernel_init!r} is unknown; take one of "
@@ -120,13 +151,49 @@ class ConvNet(nn.Module):
     def _architecture(self) -> Architecture:
         raise NotImplementedError
 
-    def _spec(self) -> LayerSpec:
+    @nn.nowrap
+    def _check_what_changes_nothing(self):
+        plain = type(self).__dataclass_fields__
+        names = ("bn_bias", "bn_scale", "bn_groups") if self.norm == "none" else ("bias_std",)
+        for name in names:
+            if getattr(self, name) != plain[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} changes nothing where norm={self.norm!r}"
+                )
+        if self.kernel_gain != 1 and (callable(self.kernel_init) or self.kernel_init == "he"):
+            raise ValueError(
+                f"kernel_gain={self.kernel_gain} is of orthonormal kernels, and changes nothing "
+                f"where kernel_init={self.kernel_init!r}"
+            )
+        if self.activation == "crelu" and self.block is not PlainBlock:
+            raise ValueError("activation='crelu' doubles the channels, which no shortcut does")
+        if self.activation == "crelu" and self.parametrization == "dirac":
+            raise ValueError(
+                "parametrization='dirac' needs as many outputs as inputs, which activation='crelu' "
+                "never has"
+            )
+
+    def _spec(self, first: bool = False) -> LayerSpec:
+        """Of the first layer, whose input is the image, or of those above an activation."""
         if callable(self.kernel_init):
-            kernel_init = change_init = self.kernel_init
+            inits = (self.kernel_init,) * 2
         else:
-            kernel_init, change_init = (make() for make in KERNEL_INITS[self.kernel_init])
+            gain = {} if self.kernel_init == "he" else {"gain": self.kernel_gain}
+            inits = tuple(make(**gain) for make in KERNEL_INITS[self.kernel_init])
+        if self.activation == "crelu" and not first:
+            inits = tuple(map(mirrored, inits))
         return LayerSpec(
-            kernel_init, change_init, self.bn_bias, self.modulated, self.dtype, self.bn_groups
+            *inits,
+            activation=ACTIVATIONS[self.activation](self.depth - 1),
+            bn_bias=self.bn_bias,
+            bn_scale=self.bn_scale,
+            last_bn_scale=self.bn_scale,
+            modulated=self.modulated,
+            dtype=self.dtype,
+            bn_groups=self.bn_groups,
+            norm=self.norm,
+            bias_std=self.bias_std,
+            parametrization=self.parametrization,
         )
 
     @nn.compact
@@ -137,7 +204,9 @@ class ConvNet(nn.Module):
     @nn.nowrap
     def _forward(self, images, train):
         plan, spec = self._architecture(), self._spec()
-        stem = ConvBN(self.width, spec, plan.stem_stride, plan.stem_window, name="stem")
+        stem = ConvBN(
+            self.width, self._spec(first=True), plan.stem_stride, plan.stem_window, name="stem"
+        )
         x = stem(images.astype(self.dtype), train)
         if plan.max_pool:
             x = MaxPool(name="pool")(x)
@@ -207,8 +276,24 @@ class PlainNet(ConvNet):
 class ResNet(PlainNet):
     """The residual twin of `PlainNet`, with 3×3 projection shortcuts.
 
+    Attributes:
+      zero_init_residual: the last BN scale of every block begins at 0, and so the net as one of the
+        projections alone (Goyal et al. 2017, arXiv:1706.02677).
+
     Raises:
       ValueError: see `PlainNet`.
     """
 
+    zero_init_residual: bool = False
+
     block = ResidualBlock
+
+    def _spec(self, first: bool = False) -> LayerSpec:
+        spec = super()._spec(first)
+        return dataclasses.replace(spec, last_bn_scale=0.0) if self.zero_init_residual else spec
+
+    @nn.nowrap
+    def _check_what_changes_nothing(self):
+        super()._check_what_changes_nothing()
+        if self.zero_init_residual and self.norm == "none":
+            raise ValueError("zero_init_residual=True changes nothing where norm='none'")

@@ -51,6 +51,7 @@ class BatchNorm(nn.Module):
       epsilon: added to the variance.
       dtype: of the result; statistics are computed in float32.
       bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
 
     Called with x, float (N, ..., C); returns the same shape.
 
@@ -73,6 +74,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
+    scale_init: Callable[..., Any] = nn.initializers.ones_init()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -80,7 +82,7 @@ class BatchNorm(nn.Module):
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
         affine = (
-            self.param("scale", nn.initializers.ones_init(), features, jnp.float32),
+            self.param("scale", self.scale_init, features, jnp.float32),
             self.param("bias", self.bias_init, features, jnp.float32),
         )
         site = site_of(self) if self.modulated else None

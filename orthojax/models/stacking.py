@@ -46,7 +46,8 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x, train: bool):
         equal = self.blocks
-        if self.stride != 1 or x.shape[-1] != self.features * self.layout.expansion:
+        channels = self.features * self.layout.expansion * self.spec.activation.copies
+        if self.stride != 1 or x.shape[-1] != channels:
             x = self._block("entry", self.stride)(x, train)
             equal -= 1
         if not self.scan:

@@ -16,7 +16,43 @@ from orthojax.ortho import optax_ortho
 from orthojax.parallel.sharded_penalty import shard_penalty
 from orthojax.sites import SITE
 
-# Optax's own functions: every argument they have is a key that the config may set.
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: float = 0.95,
+    weight_decay: float = 0.0,
+    adam_b1: float = 0.9,
+    adam_b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """`optax.contrib.muon` on all kernels, read as `(f_in, f_out)`; AdamW on everything else.
+
+    The singular values of an update are about 1, times the root of f_out / f_in where that is more.
+    """
+    return optax.contrib.muon(
+        learning_rate,
+        beta=momentum,
+        weight_decay=weight_decay,
+        adam_b1=adam_b1,
+        adam_b2=adam_b2,
+        muon_weight_dimension_numbers=_matrix_axes,
+    )
+
+
+def _matrix_axes(params: Any) -> Any:
+    """Of kernels, leading axes of stacked ones left out; None is not Muon's."""
+
+    def axes(path, leaf):
+        if jax.tree_util.keystr(path[-1:], simple=True) != "kernel":
+            return None
+        window = 2 if leaf.ndim >= 4 else 0
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=tuple(range(-2 - window, -1)), output_axis=(-1,)
+        )
+
+    return jax.tree_util.tree_map_with_path(axes, params)
+
+
+# Optax's own functions, and Muon: every argument they have is a key that the config may set.
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "sgd": optax.sgd,
     "adagrad": optax.adagrad,
@@ -25,6 +61,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": optax.adamw,
     "rmsprop": optax.rmsprop,
     "lars": optax.lars,
+    "muon": muon,
 }
 # Of their arguments, those that make sense in a range alone, and which optax does not check.
 _FUNCTIONS = ("mask", "weight_decay_mask", "trust_ratio_mask", "view")

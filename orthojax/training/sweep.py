@@ -141,6 +141,19 @@ def work(jobs: Mapping[str, Job], stream: Any = None) -> dict[str, Any]:
     return {name: results[name] for name in jobs}
 
 
+def finished(jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """What those of the jobs return whose runs all have their records; trains nothing."""
+    results = {}
+    for name, job in jobs.items():
+        try:
+            run = next(job)
+            while (run.workdir / RECORD).exists():
+                run = job.send(train_once(run))
+        except StopIteration as stop:
+            results[name] = stop.value
+    return results
+
+
 def _outcome(record: Record) -> str:
     if record["diverged"]:
         return "diverged"

@@ -1,0 +1,179 @@
+"""Other ways to train nets without shortcuts: each at its own rate, with one budget for all."""
+
+import statistics
+
+from experiments.arms import LADDER, cifar10, digits
+from experiments.report import accuracy, table, write_report
+from orthojax.analysis.picture import clear_frame, new_picture
+from orthojax.mean_field import critical_tanh, normalized_tanh_scale
+from orthojax.training.sweep import tuned
+
+TITLE = "Training without shortcuts: everybody's way"
+DEPTHS = (110, 44, 302)  # what tells most first: to interrupt it is to have the beginning
+STEPS = {"digits": 300, "cifar10": 2_000}
+BIAS_VARIANCE = 2.01e-5  # that of Xiao et al.'s 10,000 layers
+L2 = {"name": "l2", "coefficient": 1e-4}
+ORTHO = {"name": "ortho", "coefficient": 1e-4}
+NONE = {"name": "none"}
+
+
+def _unnormalized(activation, **model):
+    return {
+        "kernel_init": "delta_orthonormal",
+        "norm": "none",
+        "activation": activation,
+        "bn_bias": 0.0,
+        **model,
+    }
+
+
+PAPER = {"kernel_init": "orthonormal", "bn_bias": 0.0}
+HE = {"kernel_init": "he", "bn_bias": 0.0}
+
+
+def _arms(depth):
+    """Name -> (the model's changes, other sections, the rate to begin the search with)."""
+    gain, _ = critical_tanh(BIAS_VARIANCE)
+    tanh = {"kernel_gain": gain, "bias_std": BIAS_VARIANCE**0.5}
+    near_linear = {
+        "kernel_init": "delta_orthonormal",
+        "activation": "tanh",
+        "bn_bias": 0.0,
+        "bn_scale": normalized_tanh_scale(depth - 1),
+    }
+    modulated = {"modulation": {"decay": 0.9, "tolerance": 10.0}}
+    normalized = {"modulation": {"decay": 0.9, "tolerance": 1.0, "reference": 1.0}}
+    lars = {"name": "lars", "learning_rate": 0.005, "momentum": 0.9, "trust_coefficient": 1.0}
+    muon = {"name": "muon", "learning_rate": 0.005}
+    return {
+        "near-isometric": ({}, {"regularizer": ORTHO}, 0.005),
+        "near-isometric, modulated": ({}, {"regularizer": ORTHO, **modulated}, 0.005),
+        "the paper's, modulated": (PAPER, {"regularizer": ORTHO, **modulated}, 0.05),
+        "residual": ({"name": "ResNet", **HE}, {"regularizer": L2}, 0.02),
+        "residual, last scale 0": (
+            {"name": "ResNet", "zero_init_residual": True, **HE},
+            {"regularizer": L2},
+            0.05,
+        ),
+        "BN bias 2": ({**HE, "bn_bias": 2.0}, {"regularizer": L2}, 0.005),
+        "critical tanh": (_unnormalized("tanh", **tanh), {"regularizer": NONE}, 0.01),
+        "looks-linear": (_unnormalized("crelu"), {"regularizer": NONE}, 0.01),
+        "Dirac": ({**HE, "parametrization": "dirac"}, {"regularizer": L2}, 0.02),
+        "ISONet": (_unnormalized("shifted_relu"), {"regularizer": ORTHO}, 0.01),
+        "TAT": (_unnormalized("tailored_relu"), {"regularizer": NONE}, 0.01),
+        "DKS": (_unnormalized("shaped_softplus"), {"regularizer": NONE}, 0.01),
+        "BN, near-linear tanh": (near_linear, {"regularizer": ORTHO}, 0.005),
+        "backward gradient normalization": (PAPER, {"regularizer": ORTHO, **normalized}, 0.05),
+        "LARS": (PAPER, {"regularizer": L2, "optimizer": lars}, 0.005),
+        "Muon": (PAPER, {"regularizer": ORTHO, "optimizer": muon}, 0.005),
+    }
+
+
+def config(dataset, depth, arm, data_dir=None):
+    """The config of an arm; all have the budget, the schedule and clipped gradients in common."""
+    if dataset == "digits":
+        found = digits(depth, "isometric", STEPS[dataset])
+    else:
+        found = cifar10(depth, "isometric", "cpu", data_dir)
+        found.steps = STEPS[dataset]
+        found.eval_every = found.checkpoint_every = STEPS[dataset] // 4
+    model, sections, rate = _arms(depth)[arm]
+    found.clip_grad_norm = 1.0
+    with found.unlocked(), found.ignore_type():
+        found.modulation = None
+        found.model.update(model)
+        for name, section in sections.items():
+            found[name] = section
+        if found.model.get("norm") == "none":
+            del found.model["bn_bias"]
+        else:
+            found.recalibrate_bn = 1_280
+        found.optimizer.learning_rate = rate
+    return found
+
+
+def jobs(options):
+    """`data set, layers, arm` -> job, each at a rate of its own."""
+    found = {}
+    datasets = ("digits", "cifar10") if options.data_dir else ("digits",)
+    for dataset in datasets:
+        for depth in DEPTHS:
+            for arm in _arms(depth):
+                made = config(dataset, depth, arm, options.data_dir)
+                name = arm.replace(" ", "_").replace(",", "").replace("'", "")
+                found[dataset, depth, arm] = tuned(
+                    made,
+                    options.workdir / f"{dataset}_{name}_{depth}",
+                    options.seeds,
+                    rates=LADDER,
+                    start=made.optimizer.learning_rate,
+                )
+    return found
+
+
+def report(options, results):
+    """Accuracy of every arm at every depth, and against depth."""
+    rows, pictures = [], {}
+    for dataset in sorted({dataset for dataset, _, _ in results}):
+        found = {(depth, arm): r for (name, depth, arm), r in results.items() if name == dataset}
+        rows += [
+            [
+                dataset,
+                depth,
+                arm,
+                f"{records[0]['learning_rate']:g}",
+                accuracy(records),
+                ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records),
+            ]
+            for (depth, arm), records in sorted(
+                found.items(), key=lambda item: (item[0][0], -_mean(item[1]))
+            )
+        ]
+        pictures[f"rivals_{dataset}"] = _draw(found)
+    headings = ["data", "layers", "arm", "learning rate", "test accuracy (%)", "each"]
+    write_report(
+        options,
+        TITLE,
+        table(headings, rows),
+        f"{STEPS['digits']:,} steps on the digits, {STEPS['cifar10']:,} on CIFAR-10 at 16×16; "
+        "batches of 128, width 8, the gradient clipped to a norm of 1, the rate divided by ten at "
+        "half and at three quarters; BN statistics of one pass over 1,280 training images. Each "
+        "arm has the rate with the least training loss of the first seed, from a ladder of two or "
+        "three to a factor of ten.",
+        pictures=pictures,
+    )
+
+
+def _mean(records):
+    return 100 * statistics.fmean(record["test_accuracy"] for record in records)
+
+
+def _draw(found):
+    picture = new_picture(7.5, 4.6)
+    axes = picture.subplots()
+    depths = sorted({depth for depth, _ in found})
+    arms = sorted({arm for _, arm in found}, key=lambda arm: -_mean(_deepest(found, arm)))
+    for index, arm in enumerate(arms):
+        points = {depth: _mean(found[depth, arm]) for depth in depths if (depth, arm) in found}
+        style = ("-", "--", ":")[index // 7 % 3]
+        ours = arm.startswith("near-isometric")
+        axes.plot(
+            list(points),
+            list(points.values()),
+            style,
+            marker="o",
+            markersize=3,
+            linewidth=2.2 if ours else 1.2,
+            color=f"C{index % 10}",
+            label=arm,
+        )
+    axes.set(xscale="log", xlabel="layers", ylabel="test accuracy (%)", ylim=(0, 101))
+    axes.set_xticks(depths, [f"{depth}" for depth in depths])
+    axes.minorticks_off()
+    clear_frame(axes)
+    axes.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return picture
+
+
+def _deepest(found, arm):
+    return found[max(depth for depth, name in found if name == arm), arm]

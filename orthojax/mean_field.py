@@ -1,0 +1,216 @@
+r"""Activations and variances that a deep net without batch normalization needs at initialization.
+
+As the width grows, a layer of a net at initialization maps the second moment q of what it is given
+and the cosine c of two inputs. For weights of variance :math:`\sigma_w^2 / f_{in}` (or
+:math:`\sigma_w` times an orthogonal matrix), biases of variance :math:`\sigma_b^2` and an
+activation :math:`\phi`,
+
+.. math::
+   Q(q) = \sigma_w^2 \, E[\phi(\sqrt q z)^2] + \sigma_b^2, \qquad
+   \chi = \sigma_w^2 \, E[\phi'(\sqrt q z)^2], \qquad z \sim N(0, 1),
+
+and :math:`\chi` is what the squared error is multiplied with on its way down. Each rule here solves
+for the activation or the variances at which a whole net stays tame. They are other people's; a net
+of this project has batch normalization and `orthojax.isometry.isometric_bias`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+from scipy import optimize, special
+
+from orthojax.errors import ConfigError
+
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(201)
+_WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
+
+
+def expectation(function: Callable[[np.ndarray], np.ndarray]) -> float:
+    """E[f(z)] of a smooth f and a standard normal z, in float64, by Gauss-Hermite quadrature.
+
+    Example:
+      >>> round(expectation(np.square), 12)
+      1.0
+    """
+    return float(_WEIGHTS @ function(_NODES))
+
+
+def critical_tanh(bias_variance: float) -> tuple[float, float]:
+    r"""Where a tanh net neither explodes nor vanishes: :math:`\chi = 1` at :math:`Q(q) = q`.
+
+    Args:
+      bias_variance: :math:`\sigma_b^2`, from 1e-9 to 0.1. The smaller, the more linear the net, and
+        the deeper it may be.
+
+    Returns:
+      :math:`\sigma_w`, the singular value of the kernels, and the q that the net then keeps.
+
+    Source: Xiao et al. 2018, arXiv:1806.05393, section 2.
+
+    Raises:
+      ConfigError: the variance is out of its range.
+
+    Example:
+      >>> gain, q = critical_tanh(2.01e-5)  # of the 10,000 layers of Xiao et al.
+      >>> round(gain**2, 2), round(q, 3)
+      (1.05, 0.026)
+    """
+    if not 1e-9 <= bias_variance <= 0.1:
+        raise ConfigError(f"bias_variance={bias_variance} must be from 1e-9 to 0.1")
+
+    def gain_squared(q):
+        return 1 / expectation(lambda z: np.cosh(np.sqrt(q) * z) ** -4.0)
+
+    def missing(log_q):
+        q = math.exp(log_q)
+        power = expectation(lambda z: np.tanh(np.sqrt(q) * z) ** 2)
+        return math.log((q - gain_squared(q) * power) / bias_variance)
+
+    q = math.exp(optimize.brentq(missing, math.log(1e-5), math.log(2.0), xtol=1e-12))
+    return math.sqrt(gain_squared(q)), q
+
+
+def normalized_tanh_scale(layers: int, growth: float = 6.8) -> float:
+    r"""The BN scale at which the squared error of a tanh net grows by `growth` over so many layers.
+
+    Batch normalization divides by the standard deviation of what the tanh below it lets through, so
+    that the error grows by :math:`\gamma^2 E[\phi'(\gamma z)^2] / E[\phi(\gamma z)^2]` per layer.
+    A small scale keeps the tanh where it is nearly linear.
+
+    Source: the near-linear activations of Meterez et al. 2023, arXiv:2310.02012.
+
+    Args:
+      layers: at least 1.
+      growth: more than 1.
+
+    Raises:
+      ConfigError: an argument is out of its range.
+
+    Example:
+      >>> round(normalized_tanh_scale(109), 2)
+      0.4
+    """
+    if layers < 1 or not growth > 1:
+        raise ConfigError(f"layers={layers}, growth={growth}: at least 1, and more than 1")
+
+    def missing(log_scale):
+        scale = math.exp(log_scale)
+        slope = expectation(lambda z: np.cosh(scale * z) ** -4.0)
+        power = expectation(lambda z: np.tanh(scale * z) ** 2)
+        return layers * math.log(scale**2 * slope / power) - math.log(growth)
+
+    low, high = math.log(1e-4), math.log(2.0)
+    return 2.0 if missing(high) <= 0 else math.exp(optimize.brentq(missing, low, high, xtol=1e-10))
+
+
+def leaky_cosine(cosine: np.ndarray | float, slope: float) -> np.ndarray:
+    r"""The cosine of two inputs after a leaky ReLU, for that before it.
+
+    .. math:: C(c) = c + \frac{(1 - a)^2}{\pi (1 + a^2)} (\sqrt{1 - c^2} - c \arccos c)
+
+    Args:
+      cosine: c, from -1 to 1.
+      slope: a, that of the negative part.
+    """
+    c = np.clip(np.asarray(cosine, np.float64), -1, 1)
+    bend = (1 - slope) ** 2 / (math.pi * (1 + slope**2))
+    return c + bend * (np.sqrt(1 - c**2) - c * np.arccos(c))
+
+
+def tailored_slope(layers: int, cosine: float = 0.9) -> float:
+    """The slope of a leaky ReLU at which orthogonal inputs leave so many layers with `cosine`.
+
+    With 1 every net is linear, with 0 the inputs of a deep one become equal. This is "tailored
+    activation transformation" (TAT) for a chain; the activation is `sqrt(2 / (1 + a²))` times the
+    leaky ReLU, which keeps second moments.
+
+    Source: Zhang et al. 2022, arXiv:2203.08120, section 4.2.
+
+    Args:
+      layers: at least 1.
+      cosine: between 0 and 1, 0.9 in the paper.
+
+    Raises:
+      ConfigError: an argument is out of its range. (If not even a ReLU makes inputs so much alike,
+        the slope is 0.)
+
+    Example:
+      >>> round(tailored_slope(109), 3)
+      0.586
+    """
+    if layers < 1 or not 0 < cosine < 1:
+        raise ConfigError(f"layers={layers}, cosine={cosine}: at least 1, and between 0 and 1")
+
+    def at_the_end(slope):
+        c = np.float64(0.0)
+        for _ in range(layers):
+            c = leaky_cosine(c, slope)
+        return float(c) - cosine
+
+    return 0.0 if at_the_end(0.0) <= 0 else optimize.brentq(at_the_end, 0.0, 1.0, xtol=1e-12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shaped:
+    """`outer · (softplus(inner · x + shift) + offset)`, with the numbers of `shaped_softplus`."""
+
+    inner: float
+    shift: float
+    outer: float
+    offset: float
+
+
+def shaped_softplus(layers: int, slope: float = 1.5) -> Shaped:
+    r"""A softplus that keeps second moments, and the cosines of inputs, over so many layers.
+
+    For :math:`\hat\phi` it holds that :math:`E[\hat\phi(z)^2] = 1`, and so near 1:
+    :math:`E[z \hat\phi \hat\phi'] = 1`; that orthogonal inputs stay so, :math:`E[\hat\phi] = 0`;
+    and that the map of cosines has the slope :math:`E[\hat\phi'^2] = slope^{1/layers}` at 1. This
+    is "deep kernel shaping" (DKS) for a chain.
+
+    Source: Martens et al. 2021, arXiv:2110.01765.
+
+    Args:
+      layers: at least 1.
+      slope: of the whole net, more than 1; 1.5 in the paper.
+
+    Raises:
+      ConfigError: an argument is out of its range.
+
+    Example:
+      >>> shaped_softplus(109).inner < 0.5
+      True
+    """
+    if layers < 1 or not slope > 1:
+        raise ConfigError(f"layers={layers}, slope={slope}: at least 1, and more than 1")
+
+    def shaped(inner, shift):
+        def softplus(z):
+            return np.logaddexp(0, inner * z + shift)
+
+        offset = -expectation(softplus)
+        outer = expectation(lambda z: (softplus(z) + offset) ** 2) ** -0.5
+        return Shaped(inner, shift, outer, offset)
+
+    def missing(unknowns):
+        form = shaped(math.exp(unknowns[0]), unknowns[1])
+
+        def derivative(z):
+            return form.outer * form.inner * special.expit(form.inner * z + form.shift)
+
+        def value(z):
+            return form.outer * (np.logaddexp(0, form.inner * z + form.shift) + form.offset)
+
+        local = expectation(lambda z: derivative(z) ** 2) - 1
+        moment = expectation(lambda z: z * value(z) * derivative(z)) - 1
+        # Both are small where the net is deep: on the scale of what is wanted.
+        wanted = slope ** (1 / layers) - 1
+        return [math.log(local / wanted), moment / wanted]
+
+    guess = [math.log(min(1.0, 3 * math.log(slope) / layers + 0.1)), 0.5]
+    found = optimize.root(missing, guess, tol=1e-11)
+    if not found.success and np.abs(found.fun).max() > 1e-6:
+        raise ConfigError(f"no softplus is found for layers={layers}, slope={slope}")
+    return shaped(math.exp(found.x[0]), float(found.x[1]))

@@ -1,0 +1,66 @@
+"""The activations that a net may have in the place of ReLU, and what each needs of its kernels."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from orthojax.mean_field import shaped_softplus, tailored_slope
+
+
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """An activation, as a net's layers apply it.
+
+    Attributes:
+      make: returns the function, or module, x -> y; called inside a module, once for each layer.
+      copies: channels that come out for each that goes in.
+    """
+
+    make: Callable[[], Callable[[jax.Array], jax.Array]]
+    copies: int = 1
+
+
+class ShiftedRelu(nn.Module):
+    """max(x, b), with a trained `shift` b for each channel that begins at -1.
+
+    Source: Qi et al. 2020, arXiv:2006.16992, equation 9.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        shift = self.param("shift", nn.initializers.constant(-1.0), x.shape[-1:], jnp.float32)
+        shift = shift.reshape((1,) * (x.ndim - 1) + shift.shape).astype(x.dtype)
+        return jnp.maximum(x, shift)
+
+
+def crelu(x):
+    """ReLU of x and of -x, side by side in twice the channels (Shang et al. 2016)."""
+    return jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
+
+
+def _tailored_relu(layers):
+    slope = tailored_slope(layers)
+    gain = math.sqrt(2 / (1 + slope**2))
+    return Activation(lambda: lambda x: gain * jnp.where(x > 0, x, slope * x))
+
+
+def _shaped_softplus(layers):
+    form = shaped_softplus(layers)
+    return Activation(
+        lambda: lambda x: form.outer * (jax.nn.softplus(form.inner * x + form.shift) + form.offset)
+    )
+
+
+#: Name -> the `Activation` of a net of so many layers with one.
+ACTIVATIONS: dict[str, Callable[[int], Activation]] = {
+    "relu": lambda layers: Activation(lambda: jax.nn.relu),
+    "tanh": lambda layers: Activation(lambda: jnp.tanh),
+    "crelu": lambda layers: Activation(lambda: crelu, copies=2),
+    "shifted_relu": lambda layers: Activation(ShiftedRelu),
+    "tailored_relu": _tailored_relu,
+    "shaped_softplus": _shaped_softplus,
+}

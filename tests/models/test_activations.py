@@ -1,0 +1,199 @@
+"""What defines the nets of others: linear at first, an identity inside, a shift, a zero scale."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+from orthojax.inference.folding import FoldedNet, fold_batch_norm
+from orthojax.initializers import mirrored, orthonormal
+from orthojax.models import PlainNet, ResNet, unstack_blocks
+from orthojax.models.activations import ACTIVATIONS, ShiftedRelu, crelu
+from orthojax.models.dirac import dirac_kernel
+from orthojax.modulator import modulation, read
+from orthojax.training.optimizers import make_optimizer
+
+NETS = {
+    "tanh": {"norm": "none", "activation": "tanh", "kernel_gain": 1.02, "bias_std": 0.01},
+    "looks-linear": {"norm": "none", "activation": "crelu"},
+    "shifted": {"norm": "none", "activation": "shifted_relu"},
+    "tailored": {"norm": "none", "activation": "tailored_relu"},
+    "shaped": {"norm": "none", "activation": "shaped_softplus"},
+    "normalized tanh": {"activation": "tanh", "bn_scale": 0.4},
+    "Dirac": {"parametrization": "dirac"},
+}
+
+
+def make(name, **options):
+    kernel_init = "he" if name == "Dirac" else "delta_orthonormal"
+    return PlainNet(depth=14, width=4, kernel_init=kernel_init, **NETS[name], **options)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_scanned_and_unrolled_are_one_net(name, images):
+    net = make(name)
+    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    logits = [
+        jax.jit(lambda v, n=n: n.apply(v, images, train=True, mutable=["batch_stats"])[0])(given)
+        for n, given in ((net, variables), (make(name, scan=False), unstack_blocks(variables)))
+    ]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_looks_linear_net_is_linear_at_initialization(images):
+    net = make("looks-linear")
+    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    apply = jax.jit(lambda x: net.apply(variables, x, train=True))
+    other = jax.random.normal(jax.random.key(2), images.shape)
+    both = apply(2 * images - 3 * other)
+    np.testing.assert_allclose(both, 2 * apply(images) - 3 * apply(other), rtol=1e-4, atol=1e-5)
+    assert float(jnp.abs(both).max()) > 0.1
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(6, 5), (8, 16)])
+def test_mirrored_kernels_undo_a_crelu(inputs, outputs):
+    x = jax.random.normal(jax.random.key(3), (4, inputs // 2))
+    kernel = mirrored(orthonormal())(jax.random.key(4), (inputs, outputs))
+    np.testing.assert_allclose(crelu(x) @ kernel, x @ kernel[: inputs // 2], atol=1e-6)
+
+
+def test_a_dirac_kernel_is_the_identity_and_filters_of_one_norm(images):
+    """Each output is a times its own input, plus b times a filter of norm 1, in float64."""
+    generator = np.random.default_rng(0)
+    filters = generator.normal(size=(3, 3, 3, 3))
+    a, b = generator.normal(size=(2, 3))
+    x = np.asarray(images, np.float64)
+    kernel = dirac_kernel(*(jnp.asarray(v, jnp.float32) for v in (filters, a, b)))
+    found = lax.conv_general_dilated(
+        images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    unit = filters / np.sqrt((filters**2).sum((0, 1, 2)))
+    wanted = a * x + b * np.einsum("nhwcij,ijcm->nhwm", windows, unit)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_only_kernels_that_keep_the_shape_are_dirac_kernels(images):
+    shapes = jax.eval_shape(lambda: make("Dirac").init(jax.random.key(0), images, train=False))
+    stage = shapes["params"]["stage_2"]
+    assert "dirac_identity" not in stage["entry"]["layer_0"]
+    assert stage["entry"]["layer_1"]["dirac_scale"].shape == (8,)
+    assert stage["scanned"]["layer_0"]["dirac_identity"].shape == (1, 8)
+
+
+def test_a_shifted_relu_passes_what_is_above_its_shift():
+    x = jnp.asarray([[-3.0, -0.9], [0.5, -1.5]])
+    y, variables = ShiftedRelu().init_with_output(jax.random.key(0), x)
+    np.testing.assert_array_equal(y, jnp.asarray([[-1.0, -0.9], [0.5, -1.0]]))
+    gradient = jax.grad(lambda v: ShiftedRelu().apply(v, x).sum())(variables)
+    np.testing.assert_array_equal(gradient["params"]["shift"], [1.0, 1.0])  # what it clips
+
+
+@pytest.mark.parametrize("layers", [13, 109])
+@pytest.mark.parametrize("name", ["tailored_relu", "shaped_softplus"])
+def test_activations_solved_from_the_depth_keep_second_moments(name, layers):
+    x = jax.random.normal(jax.random.key(5), (1_000_000,))
+    y = ACTIVATIONS[name](layers).make()(x)
+    np.testing.assert_allclose(jnp.mean(jnp.square(y)), 1, rtol=1e-2)
+
+
+def test_residual_branches_begin_at_zero(images):
+    """The branches' kernels change nothing until their last scales move."""
+    net = ResNet(depth=8, width=4, zero_init_residual=True)
+    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    block = variables["params"]["stage_1"]["scanned"]
+    assert not block["layer_1"]["bn"]["scale"].any() and block["layer_0"]["bn"]["scale"].all()
+    assert variables["params"]["stage_2"]["entry"]["shortcut"]["bn"]["scale"].all()
+
+    def loss(params):
+        given = {**variables, "params": params}
+        return jnp.sum(net.apply(given, images, train=True, mutable=["batch_stats"])[0] ** 2)
+
+    gradients = jax.jit(jax.grad(loss))(variables["params"])["stage_1"]["scanned"]
+    assert not gradients["layer_0"]["conv"]["kernel"].any()
+    assert gradients["layer_1"]["bn"]["scale"].any()
+
+
+@pytest.mark.parametrize("name", ["normalized tanh", "Dirac"])
+def test_folding_knows_the_others(name, images):
+    net = make(name)
+    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    statistics = jax.tree.map(lambda leaf: leaf + 0.3, variables["batch_stats"])
+    variables = {**variables, "batch_stats": statistics}
+    folded = FoldedNet(net).apply(fold_batch_norm(variables), images, train=False)
+    np.testing.assert_allclose(folded, net.apply(variables, images, train=False), rtol=1e-3)
+
+
+def test_modulation_of_a_net_without_normalization(images):
+    """A site behind every convolution, at which the error is held to its bounds."""
+    net = PlainNet(depth=8, width=4, norm="none", activation="tanh", modulated=True)
+    tx = modulation(optax.sgd(0.0), tolerance=1.0)
+    params = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()["params"]
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        gradients = jax.grad(lambda p: jnp.sum(net.apply({"params": p}, images, train=True) ** 2))
+        updates, state = tx.update(gradients(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(3):
+        params, state = step(params, state)
+    ledger = read(state)
+    assert len(ledger) == 7 and ledger[-1].growth is None
+    left = [site.scale**2 * site.moment for site in ledger]
+    np.testing.assert_allclose(left, left[-1], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "layer"}, "norm='layer' is unknown; take one of batch, none"),
+        ({"activation": "gelu"}, "activation='gelu'"),
+        ({"parametrization": "weight"}, "parametrization='weight'"),
+        ({"norm": "none", "bn_bias": 1.0}, "bn_bias=1.0 changes nothing"),
+        ({"bias_std": 0.1}, "bias_std=0.1 changes nothing"),
+        ({"kernel_init": "he", "kernel_gain": 2.0}, "kernel_gain=2.0"),
+        ({"activation": "crelu", "parametrization": "dirac"}, "as many outputs as inputs"),
+    ],
+)
+def test_options_that_cannot_be_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        PlainNet(depth=8, **options)
+
+
+def test_no_shortcut_doubles_channels():
+    with pytest.raises(ValueError, match="doubles the channels"):
+        ResNet(depth=8, activation="crelu")
+
+
+def test_muon_orthogonalizes_every_kernel_of_a_stack():
+    """Singular values near 1, and the update of a stack that of its kernels one by one."""
+    kernels = jax.random.normal(jax.random.key(6), (3, 3, 3, 4, 4))
+    tx, _ = make_optimizer(
+        optimizer={"name": "muon", "learning_rate": 1.0},
+        schedule={"name": "constant"},
+        regularizer={"name": "none"},
+        steps=10,
+    )
+
+    def update(params):
+        return tx.update(params, tx.init(params), params)[0]
+
+    stacked = update({"conv": {"kernel": kernels}, "bn": {"bias": jnp.ones(4)}})
+    for index, kernel in enumerate(kernels):
+        alone = update({"conv": {"kernel": kernel}})["conv"]["kernel"]
+        np.testing.assert_allclose(stacked["conv"]["kernel"][index], alone, rtol=1e-4, atol=1e-5)
+        values = jnp.linalg.svd(alone.reshape(-1, 4), compute_uv=False)
+        assert 0.6 < values.min() <= values.max() < 1.3, values
+    adam = optax.nadam(1.0)
+    bias, *_ = adam.update(jnp.ones(4), adam.init(jnp.ones(4)))
+    np.testing.assert_allclose(stacked["bn"]["bias"], bias, rtol=1e-5)
