@@ -33,6 +33,7 @@ from experiments import (  # noqa: E402
     figure5,
     figure6,
     gap,
+    rivals,
     table2,
 )
 from reproduce import Options  # noqa: E402
@@ -50,7 +51,7 @@ def first_runs(jobs):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("experiment", [table2, figure5, gap, ablation, depth])
+@pytest.mark.parametrize("experiment", [table2, figure5, gap, ablation, depth, rivals])
 def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
     options = dataclasses.replace(options, preset=preset)
     jobs = experiment.jobs(options)

@@ -148,3 +148,17 @@ def test_two_processes_share_the_runs(tmp_path):
     starts = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/environment.json")]
     assert len(starts) == 4 and all(len(entries) == 1 for entries in starts)
     assert len(list(tmp_path.glob("*/*/record.json"))) == 4
+
+
+def test_finished_reports_on_what_is_done_and_trains_nothing(trained, tmp_path):
+    def jobs():
+        return {
+            name: sweep.tuned(config(), tmp_path / name, (0, 1), rates=LADDER, start=0.03)
+            for name in ("done", "begun", "untouched")
+        }
+
+    done = sweep.work({"done": jobs()["done"]}, stream=io.StringIO())
+    sweep.train_once(next(jobs()["begun"]))
+    before = list(trained)
+    assert sweep.finished(jobs()) == done
+    assert trained == before

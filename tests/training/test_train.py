@@ -22,6 +22,7 @@ from orthojax import data
 from orthojax.configs import (
     cifar10_plain,
     cifar10_resnet,
+    digits_depth,
     digits_plain110,
     digits_plain110_sgd,
     imagenet_plain,
@@ -400,6 +401,7 @@ def test_bad_configs_are_refused_by_name(change, error, message, tmp_path):
     [
         digits_plain110.get_config(),
         digits_plain110_sgd.get_config(),
+        digits_depth.get_config("depth=110"),
         *(cifar10_plain.get_config(f"method={m}") for m in ("ortho", "isometric", "l2")),
         cifar10_plain.get_config("depth=110,preset=cpu"),
         *(cifar10_resnet.get_config(f"method={m}") for m in ("l2", "ortho")),
