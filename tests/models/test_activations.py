@@ -1,5 +1,7 @@
 """What defines the nets of others: linear at first, an identity inside, a shift, a zero scale."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from orthojax.models import PlainNet, ResNet, unstack_blocks
 from orthojax.models.activations import ACTIVATIONS, ShiftedRelu, crelu
 from orthojax.models.dirac import dirac_kernel
 from orthojax.modulator import modulation, read
+from orthojax.training.compiled import ONCE
 from orthojax.training.optimizers import make_optimizer
 
 NETS = {
@@ -31,6 +34,11 @@ def make(name, **options):
     return PlainNet(depth=14, width=4, kernel_init=kernel_init, **NETS[name], **options)
 
 
+def initialized(net, images):
+    init = functools.partial(net.init, train=False)
+    return jax.jit(init, compiler_options=ONCE["cpu"])(jax.random.key(0), images)
+
+
 @pytest.fixture(scope="module")
 def images():
     return jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
@@ -39,7 +47,7 @@ def images():
 @pytest.mark.parametrize("name", NETS)
 def test_scanned_and_unrolled_are_one_net(name, images):
     net = make(name)
-    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    variables = initialized(net, images)
     logits = [
         jax.jit(lambda v, n=n: n.apply(v, images, train=True, mutable=["batch_stats"])[0])(given)
         for n, given in ((net, variables), (make(name, scan=False), unstack_blocks(variables)))
@@ -49,7 +57,7 @@ def test_scanned_and_unrolled_are_one_net(name, images):
 
 def test_a_looks_linear_net_is_linear_at_initialization(images):
     net = make("looks-linear")
-    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    variables = initialized(net, images)
     apply = jax.jit(lambda x: net.apply(variables, x, train=True))
     other = jax.random.normal(jax.random.key(2), images.shape)
     both = apply(2 * images - 3 * other)
@@ -108,7 +116,7 @@ def test_activations_solved_from_the_depth_keep_second_moments(name, layers):
 def test_residual_branches_begin_at_zero(images):
     """The branches' kernels change nothing until their last scales move."""
     net = ResNet(depth=8, width=4, zero_init_residual=True)
-    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    variables = initialized(net, images)
     block = variables["params"]["stage_1"]["scanned"]
     assert not block["layer_1"]["bn"]["scale"].any() and block["layer_0"]["bn"]["scale"].all()
     assert variables["params"]["stage_2"]["entry"]["shortcut"]["bn"]["scale"].all()
@@ -125,7 +133,7 @@ def test_residual_branches_begin_at_zero(images):
 @pytest.mark.parametrize("name", ["normalized tanh", "Dirac"])
 def test_folding_knows_the_others(name, images):
     net = make(name)
-    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
+    variables = initialized(net, images)
     statistics = jax.tree.map(lambda leaf: leaf + 0.3, variables["batch_stats"])
     variables = {**variables, "batch_stats": statistics}
     folded = FoldedNet(net).apply(fold_batch_norm(variables), images, train=False)
@@ -136,7 +144,7 @@ def test_modulation_of_a_net_without_normalization(images):
     """A site behind every convolution, at which the error is held to its bounds."""
     net = PlainNet(depth=8, width=4, norm="none", activation="tanh", modulated=True)
     tx = modulation(optax.sgd(0.0), tolerance=1.0)
-    params = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()["params"]
+    params = initialized(net, images)["params"]
     state = tx.init(params)
 
     @jax.jit
