@@ -20,7 +20,6 @@ from orthojax.training.experiment import Experiment, TracedHyperparams
 from orthojax.training.state import TrainState, init_state
 from orthojax.training.step import Metrics, make_eval_step, make_recalibrate, make_train_step
 
-
 # For what runs once, compiling is what costs: random numbers take a third of the time, and come out
 # the same to the last bit.
 ONCE = {"cpu": {"xla_backend_optimization_level": 1}}
