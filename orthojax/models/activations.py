@@ -1,6 +1,7 @@
 """The activations that a net may have in the place of ReLU, and what each needs of its kernels."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -42,12 +43,14 @@ def crelu(x):
     return jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
 
 
+@functools.cache  # a net asks whenever it is traced
 def _tailored_relu(layers):
     slope = tailored_slope(layers)
     gain = math.sqrt(2 / (1 + slope**2))
     return Activation(lambda: lambda x: gain * jnp.where(x > 0, x, slope * x))
 
 
+@functools.cache  # a net asks whenever it is traced
 def _shaped_softplus(layers):
     form = shaped_softplus(layers)
     return Activation(
