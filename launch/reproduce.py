@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
-BEYOND = ("modulation", "gap", "ablation", "depth", "rivals")
+BEYOND = ("modulation", "gap", "ablation", "depth", "rivals", "constraint")
 
 
 @dataclasses.dataclass(frozen=True)

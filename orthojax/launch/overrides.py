@@ -17,6 +17,7 @@ from orthojax.config.suggestion import suggestion
 from orthojax.data import dataset, folder, streamed
 from orthojax.errors import ConfigError
 from orthojax.modulator import modulation
+from orthojax.ortho import stiefel
 from orthojax.parallel.mesh import make_mesh
 from orthojax.training.experiment import Settings
 from orthojax.training.net import MODELS, net_named
@@ -32,11 +33,13 @@ _PLAIN = {
     "": (Settings,),
     "dataset": (dataset.load, streamed.load, folder.load),
     "modulation": (modulation,),
+    "constraint": (stiefel,),
     "mesh": (make_mesh,),
 }
 _SUPPLIED = {  # by the program
     "model": ("modulated", "dtype", "num_classes"),
     "modulation": ("inner",),
+    "constraint": ("inner",),
     "schedule": ("base", "steps"),
     "mesh": ("devices",),
 }

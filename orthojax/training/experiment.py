@@ -33,6 +33,7 @@ class Settings:
       optimizer: see `orthojax.training.optimizers.make_optimizer`.
       schedule: see there.
       regularizer: see there.
+      constraint: None, or the arguments of `orthojax.stiefel`; see there.
       steps: number of updates.
       batch_size: images per update, over all devices.
       seed: of the initialization, the order of the data and the augmentation.
@@ -62,6 +63,7 @@ class Settings:
     steps: int
     batch_size: int
     seed: int = 0
+    constraint: Mapping | None = None
     clip_grad_norm: float | None = None
     dtype: str = "float32"
     log_every: int = 10
@@ -202,6 +204,7 @@ def _optimizer_and_schedule(
         optimizer=optimizer,
         schedule=settings.schedule,
         regularizer=regularizer,
+        constraint=settings.constraint,
         steps=settings.steps,
         clip_grad_norm=settings.clip_grad_norm,
         mesh=mesh,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from orthojax.config.sections import bind
 from orthojax.config.suggestion import suggestion
 from orthojax.errors import ConfigError
-from orthojax.ortho import optax_ortho
+from orthojax.ortho import optax_ortho, stiefel
 from orthojax.parallel.sharded_penalty import shard_penalty
 from orthojax.sites import SITE
 
@@ -161,16 +161,18 @@ def make_optimizer(
     schedule: Mapping,
     regularizer: Mapping,
     steps: int,
+    constraint: Mapping | None = None,
     clip_grad_norm: float | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Clipping, the regularizer's gradient, then the optimizer, by the schedule's learning rate.
+    """Clipping, the regularizer's gradient, the optimizer, and around them the constraint.
 
     Args:
       optimizer: `name`, `learning_rate`, and arguments of the optax function of that name.
       schedule: `name` and arguments of the function of that name in this file.
       regularizer: `name` and arguments: `ortho` (`orthojax.optax_ortho`), `l2` or `none`.
       steps: length of the run.
+      constraint: None, or arguments of `orthojax.stiefel`, which keeps all kernels orthonormal.
       clip_grad_norm: the largest norm of the gradient of the loss, over all weights; a larger one
         is scaled down. None does not clip.
       mesh: devices that share the work of `ortho`, see `orthojax.parallel.sharded_penalty`.
@@ -179,7 +181,7 @@ def make_optimizer(
       The gradient transformation and the schedule it uses.
 
     Raises:
-      ConfigError: a name or a key is unknown.
+      ConfigError: a name or a key is unknown, or both a regularizer and a constraint are wanted.
 
     Example:
       >>> transformation, schedule = make_optimizer(
@@ -205,7 +207,16 @@ def make_optimizer(
     chained = [regularize, bind_named(OPTIMIZERS, arguments, "optimizer")]
     if clip_grad_norm is not None:
         chained.insert(0, optax.clip_by_global_norm(clip_grad_norm))
-    return optax.chain(*chained), rates
+    made = optax.chain(*chained)
+    if constraint is not None:
+        if regularizer["name"] != "none":
+            raise ConfigError(
+                f"`regularizer.name` is {regularizer['name']!r} and `constraint` is set: on "
+                "orthonormal kernels a regularizer does nothing; set its name to none, or the "
+                "constraint to None"
+            )
+        made = bind(stiefel, constraint, "constraint", inner=made)
+    return made, rates
 
 
 def _check_ranges(section: Mapping, path: str) -> None:

@@ -15,7 +15,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -47,8 +47,9 @@ def train_once(run: Run) -> Record:
 
     Returns:
       `test_accuracy`, on the whole test split, a fraction of one; `train_loss`, the mean over the
-      last tenth of the steps; `seed`; `learning_rate`; `steps`; `seconds`, of the last start; and
-      `diverged`, None or the message. A run that diverged has the `test_accuracy` 0 and no finite
+      last tenth of the steps; `seed`; `learning_rate`; `steps`; `seconds`, of the last start;
+      `diverged`, None or the message; and, where layers are observed, `orthonormality_error` when
+      they last were. A run that diverged has the `test_accuracy` 0 and no finite
       `train_loss` (null in the file). What the run prints goes to a file
       beside its directory, of the same name and `.log`.
 
@@ -82,11 +83,12 @@ def _train(run: Run) -> Record:
         except DivergenceError as error:
             nothing = {"test_accuracy": 0.0, "train_loss": None, "seconds": None}
             return {**record, **nothing, "diverged": str(error)}
-    losses = [
-        record["loss"]
-        for record in read_metrics(run.workdir)
-        if record["kind"] == "train" and record["step"] > 0.9 * run.config.steps
-    ]
+    losses = []
+    for metrics in read_metrics(run.workdir):
+        if metrics["kind"] == "train" and metrics["step"] > 0.9 * run.config.steps:
+            losses.append(metrics["loss"])
+        elif metrics["kind"] == "layers":
+            record["orthonormality_error"] = metrics["orthonormality_error"]
     return {
         **record,
         "test_accuracy": summary["test_accuracy"],
@@ -169,7 +171,7 @@ def over_seeds(config: ConfigDict, directory: pathlib.Path, seeds: Sequence[int]
 
 
 def tuned(
-    config: ConfigDict,
+    config: ConfigDict | Callable[[float], ConfigDict],
     directory: pathlib.Path,
     seeds: Sequence[int],
     *,
@@ -184,7 +186,7 @@ def tuned(
     test split has no say.
 
     Args:
-      config: its seed and learning rate are replaced.
+      config: its seed and learning rate are replaced; or a function that makes it for a rate.
       directory: of the runs.
       seeds: at least one.
       rates: the ladder, in ascending order.
@@ -195,24 +197,26 @@ def tuned(
     Returns:
       The records at the best rate, one for each seed.
     """
-    search = copy.deepcopy(config)
-    if search_steps is not None:
-        search.steps = search_steps
+
+    def at(index):
+        made = config(rates[index]) if callable(config) else copy.deepcopy(config)
+        made.optimizer.learning_rate = rates[index]
+        return made
+
     losses: dict[int, float] = {}
     here = rates.index(start)
     while True:
         for index in (here, here - 1, here + 1):
             if 0 <= index < len(rates) and index not in losses:
-                search.optimizer.learning_rate = rates[index]
+                search = at(index)
+                search.steps = search_steps or search.steps
                 losses[index] = (yield _run(search, directory, seeds[0]))["train_loss"]
         # Where all diverge or none learns it goes down: to the smallest of equals.
         best = min(losses, key=lambda index: (losses[index], index))
         if best == here:
             break
         here = best
-    chosen = copy.deepcopy(config)
-    chosen.optimizer.learning_rate = rates[here]
-    return (yield from over_seeds(chosen, directory, seeds))
+    return (yield from over_seeds(at(here), directory, seeds))
 
 
 def _run(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:

@@ -30,6 +30,7 @@ def overridden(*words, config=None):
         ("modulation=None", None),
         ("modulation.steps=None", None),
         ("modulation.steps=100", 100.0),
+        ("constraint.method=qr", "qr"),
         ("dataset.data_dir=None", None),
         ("dataset.data_dir=None/there", "None/there"),
         ("optimizer.momentum=None", None),

@@ -10,6 +10,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from orthojax import data
@@ -18,6 +19,7 @@ from orthojax.models import PlainNet, in_order
 from orthojax.sites import SITE
 from orthojax.storage.metrics import MetricWriter
 from orthojax.training.experiment import build
+from orthojax.training.optimizers import make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "launch"))
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT / "launch"))
 from experiments import (  # noqa: E402
     ablation,
     appendix,
+    constraint,
     curves,
     depth,
     figure2,
@@ -51,7 +54,7 @@ def first_runs(jobs):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("experiment", [table2, figure5, gap, ablation, depth, rivals])
+@pytest.mark.parametrize("experiment", [table2, figure5, gap, ablation, depth, rivals, constraint])
 def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
     options = dataclasses.replace(options, preset=preset)
     jobs = experiment.jobs(options)
@@ -61,6 +64,26 @@ def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
         # One directory, one config.
         assert workdirs.setdefault(run.workdir, run.config.to_json()) == run.config.to_json(), name
     assert len(jobs) > 3
+
+
+def test_a_penalty_decays_by_its_time_constants_in_a_run():
+    transformation, schedule = make_optimizer(
+        optimizer={"name": "sgd", "learning_rate": 0.05, "momentum": 0.9},
+        schedule={"name": "linear", "warmup_steps": 20},
+        regularizer={"name": "ortho", "coefficient": constraint.coefficient(0.05, 600, 0.9)},
+        steps=600,
+    )
+    params = {"kernel": 1.001 * jnp.eye(4)}
+
+    def step(carry, _):
+        params, state = carry
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        updates, state = transformation.update(nothing, state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, transformation.init(params)), length=600)
+    left = (params["kernel"][0, 0] - 1) / 0.001
+    assert -math.log(left) == pytest.approx(constraint.TIME_CONSTANTS, rel=0.1)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -115,12 +138,13 @@ def record(seed=0, accuracy=0.5, diverged=None):
         "steps": 300,
         "test_accuracy": 0.0 if diverged else accuracy,
         "train_loss": loss,
+        "orthonormality_error": 1e-3,
         "seconds": None if diverged else 5.0,
         "diverged": diverged,
     }
 
 
-@pytest.mark.parametrize("experiment", [table2, gap, ablation, depth])
+@pytest.mark.parametrize("experiment", [table2, gap, ablation, depth, rivals, constraint])
 def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options):
     names = list(experiment.jobs(options))
     results = {name: [record(0, 0.5), record(1, 0.54)] for name in names}

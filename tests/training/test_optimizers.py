@@ -1,11 +1,13 @@
 """The optimizer of a config: schedules by their formula, and what is clipped."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from orthojax.errors import ConfigError
+from orthojax.ortho import orthonormality_error
 from orthojax.training.experiment import Settings
 from orthojax.training.optimizers import make_optimizer
 
@@ -16,9 +18,8 @@ def sgd(schedule="constant", **options):
     return make_optimizer(
         optimizer={"name": "sgd", "learning_rate": 0.1},
         schedule={"name": schedule, "warmup_steps": 10},
-        regularizer={"name": "l2", "coefficient": 0.5},
         steps=100,
-        **options,
+        **{"regularizer": {"name": "l2", "coefficient": 0.5}, **options},
     )
 
 
@@ -55,6 +56,33 @@ def test_without_clipping_the_state_is_what_it_was():
     params = {"kernel": jnp.ones((2, 2))}
     assert len(clipped.init(params)) == len(tx.init(params)) + 1
     assert clipped.init(params)[0] == optax.EmptyState()
+
+
+@pytest.mark.parametrize("method", ["polar", "qr", "pogo", "landing"])
+def test_a_constraint_keeps_kernels_orthonormal_and_leaves_biases_to_the_optimizer(method):
+    tx, schedule = sgd(
+        regularizer={"name": "none"}, constraint={"method": method}, clip_grad_norm=1.0
+    )
+    kernel, gradient = jax.random.normal(jax.random.key(0), (2, 3, 3, 4, 8))
+    params = {"kernel": kernel, "bias": jnp.zeros(8)}
+    gradients = {"kernel": gradient, "bias": jnp.ones(8)}
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    assert orthonormality_error(moved)["kernel"] < 1e-4
+    # Clipping, inside the constraint, is of the tangent gradient.
+    matrix, flat = (np.asarray(a, np.float64).reshape(36, 8) for a in (kernel, gradient))
+    left, _, right = np.linalg.svd(matrix, full_matrices=False)
+    start = left @ right
+    overlap = start.T @ flat
+    norm = np.hypot(np.linalg.norm(flat - start @ (overlap + overlap.T) / 2), np.sqrt(8))
+    np.testing.assert_allclose(updates["bias"], -float(schedule(0)) / norm, rtol=1e-4)
+
+
+def test_a_regularizer_beside_a_constraint_is_refused():
+    with pytest.raises(ConfigError, match=r"regularizer.name.*'l2'.*constraint"):
+        sgd(constraint={"method": "polar"})
+    with pytest.raises(ConfigError, match=r"constraint.methd.*method"):
+        sgd(regularizer={"name": "none"}, constraint={"methd": "polar"})
 
 
 @pytest.mark.parametrize("norm", [0.0, -1.0])
