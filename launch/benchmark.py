@@ -18,7 +18,7 @@ import sys
 import time
 
 from environment import environment
-from orthojax.launch.allocator import keep_freed_memory
+from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.storage.paths import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -46,12 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--baseline", type=local_path, default=ROOT / "docs" / "runs" / "benchmark" / "2.json"
     )
-    parser.add_argument(
-        "--keep_memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep the memory that a step frees for the next one (CPUs, glibc)",
-    )
+    add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.keep_memory:
         keep_freed_memory()

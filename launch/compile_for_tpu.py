@@ -73,12 +73,11 @@ def name(flag):
 
 def compile_step(flag, config, devices):
     from orthojax.analysis.cost import measure
-    from orthojax.data import fake_data
     from orthojax.training.compiled import lower_train_step
     from orthojax.training.experiment import build
 
     print(f"compiling {name(flag)}, which takes minutes...", file=sys.stderr, flush=True)
-    experiment = build(config, devices=devices, load=fake_data)
+    experiment = build(config, devices=devices, records=False)
     return measure(lower_train_step(experiment))
 
 

@@ -14,7 +14,6 @@ import numpy as np
 
 from orthojax.analysis.filters import draw_filters
 from orthojax.config.sections import from_json
-from orthojax.data import fake_data
 from orthojax.errors import UserError
 from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.paths import to_path
@@ -48,7 +47,7 @@ def first_kernel(workdir: pathlib.Path) -> np.ndarray:
     config = from_json(json.loads((workdir / "config.json").read_text()))
     config.mesh.data, config.mesh.fsdp = 1, 1
     with Checkpointer(workdir / "checkpoints") as checkpointer:
-        restored = checkpointer.restore_latest(abstract_state(build(config, load=fake_data)))
+        restored = checkpointer.restore_latest(abstract_state(build(config, records=False)))
     if restored is None:
         raise UserError("there is no checkpoint yet")
     return np.asarray(restored.state.params["stem"]["conv"]["kernel"])

@@ -24,11 +24,10 @@ def main():
     import numpy as np
 
     from orthojax.analysis.profile import profile
-    from orthojax.data import fake_data
     from orthojax.training.compiled import compile_steps
     from orthojax.training.experiment import build
 
-    experiment = build(load_config(), load=fake_data)
+    experiment = build(load_config(), records=False)
     tell("compiling...")
     programs = compile_steps(experiment)
     draw, rows = np.random.default_rng(0), len(programs.rows)

@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 
-from orthojax.launch.allocator import keep_freed_memory
+from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
 from orthojax.storage.paths import local_path
 
@@ -60,12 +60,7 @@ def main():
     parser.add_argument(
         "--finished", action="store_true", help="train nothing; report on what has been trained"
     )
-    parser.add_argument(
-        "--keep_memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="keep the memory that a step frees for the next one (CPUs, glibc)",
-    )
+    add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.keep_memory:
         keep_freed_memory()

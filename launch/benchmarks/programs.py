@@ -6,7 +6,6 @@ import sys
 import jax
 import jax.numpy as jnp
 
-from orthojax import data
 from orthojax.configs import digits_plain110
 from orthojax.configs.cifar10_plain import get_config
 from orthojax.training.compiled import compile_steps, lower_train_step
@@ -37,7 +36,7 @@ def experiment(variant, depth, **model):
     config.regularizer = {"name": regularizer, "coefficient": 1e-4}
     config.mesh.data = 1
     config.model.update(model)
-    return build(config, load=data.fake_data)
+    return build(config, records=False)
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import statistics
 
 from experiments.arms import LADDER, cifar10, digits
-from experiments.report import accuracy, table, write_report
+from experiments.report import accuracy, each, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.isometry import isometric_bias
 from orthojax.training.sweep import tuned
@@ -87,7 +87,7 @@ def report(options, results):
                 arm,
                 f"{records[0]['learning_rate']:g}",
                 accuracy(records),
-                ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records),
+                each(records),
                 f"{statistics.fmean(record['train_loss'] for record in records):.3f}",
                 f"{max(errors):.1e}" if errors else "",
             ]

@@ -3,7 +3,7 @@
 import statistics
 
 from experiments.arms import LADDER, digits
-from experiments.report import accuracy, table, write_report
+from experiments.report import accuracy, each, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.configs import digits_plain110
 from orthojax.training.sweep import over_seeds, tuned
@@ -99,7 +99,7 @@ def report(options, results):
             arm,
             f"{records[0]['learning_rate']:g}",
             accuracy(records),
-            ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records),
+            each(records),
         ]
         for (depth, arm), records in sorted(results.items(), key=lambda item: item[0][0])
     ]

@@ -24,6 +24,16 @@ def accuracy(records):
     return f"{statistics.fmean(values):.2f}{spread}" + (f" ({diverged} diverged)" * bool(diverged))
 
 
+def each(records):
+    """Test accuracy in % of every run.
+
+    Example:
+      >>> each([{"test_accuracy": 0.5}, {"test_accuracy": 0.987}])
+      '50.0, 98.7'
+    """
+    return ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records)
+
+
 def table(headings, rows):
     """Markdown.
 

@@ -3,7 +3,7 @@
 import statistics
 
 from experiments.arms import LADDER, cifar10, digits
-from experiments.report import accuracy, table, write_report
+from experiments.report import accuracy, each, table, write_report
 from orthojax.analysis.picture import clear_frame, new_picture
 from orthojax.mean_field import critical_tanh, normalized_tanh_scale
 from orthojax.training.sweep import tuned
@@ -123,7 +123,7 @@ def report(options, results):
                 arm,
                 f"{records[0]['learning_rate']:g}",
                 accuracy(records),
-                ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records),
+                each(records),
             ]
             for (depth, arm), records in sorted(
                 found.items(), key=lambda item: (item[0][0], -_mean(item[1]))

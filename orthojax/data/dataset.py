@@ -90,6 +90,7 @@ def load(
     test_split: str = "test",
     cache_dir: str | None = None,
     flip: bool = False,
+    records: bool = True,
 ) -> InMemoryDataset:
     """Loads an image-classification set that TFDS has prepared, or `digits`, which needs no such.
 
@@ -105,6 +106,8 @@ def load(
       cache_dir: where decoded splits are kept; None is `$XDG_CACHE_HOME/orthojax/datasets`, or
         `~/.cache/orthojax/datasets`.
       flip: whether training images are mirrored at random.
+      records: False needs no prepared set, and gives black images in no memory, of mean 0 and
+        deviation 1, for compiling and measuring programs.
 
     Raises:
       DatasetError: the name or a split is unknown, the set is not prepared, or its images are not
@@ -117,8 +120,10 @@ def load(
       >>> digits.train.images.shape, len(digits.test), digits.num_classes
       ((1437, 8, 8, 1), 360, 10)
     """
-    found = source.find(name, data_dir)
+    found = source.find(name, data_dir, prepared=records)
     _check_shape(found, downsample)
+    if not records:
+        return _black(name, found, downsample, flip)
     train = _decoded(found, train_split, downsample, cache_dir)
     test = _decoded(found, test_split, downsample, cache_dir)
     return InMemoryDataset(
@@ -133,35 +138,7 @@ def load(
     )
 
 
-def fake_data(
-    name: str,
-    data_dir: str | None = None,
-    *,
-    downsample: int = 1,
-    train_split: str = "train",
-    test_split: str = "test",
-    cache_dir: str | None = None,
-    flip: bool = False,
-) -> InMemoryDataset:
-    """A data set's shapes without its records: black images in no memory, mean 0 and deviation 1.
-
-    For compiling and measuring programs where the data set is not prepared.
-
-    Args:
-      name: see `load`; the other arguments too, of which the splits and the cache are not used.
-
-    Raises:
-      DatasetError: the name is unknown, or its images are not uint8, of one size, and divisible by
-        `downsample`.
-
-    Example:
-      >>> digits = fake_data("digits", downsample=2)
-      >>> digits.image_shape, digits.num_classes
-      ((4, 4, 1), 10)
-    """
-    del train_split, test_split, cache_dir
-    found = source.find(name, data_dir, prepared=False)
-    _check_shape(found, downsample)
+def _black(name: str, found: source.Source, downsample: int, flip: bool) -> InMemoryDataset:
     height, width, channels = found.image_shape
     shape = (height // downsample, width // downsample, channels)
     split = black_split(shape)

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 
-from orthojax.data.streamed import FakeDataset, StreamedDataset, check_packages, checked_numbers
+from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_numbers
 from orthojax.errors import DatasetError
 
 TRAIN, TESTS = "train", ("test", "validation", "val")
@@ -58,6 +58,7 @@ def load(
     color_std: float = 0.1,
     workers: int | None = None,
     threads: int = 1,
+    records: bool = True,
 ) -> StreamedDataset:
     """Opens `DIR/train/CLASS/*.jpg` and `DIR/test/CLASS/*.jpg`, to be read while a net trains.
 
@@ -77,6 +78,7 @@ def load(
       color_std: of the color augmentation; 0 for none.
       workers: processes that decode; None is one for each core.
       threads: of each worker.
+      records: False gives black images, for compiling; the folders are looked at for the classes.
 
     Raises:
       DatasetError: a folder is missing or holds no picture, a class of the test images is none of
@@ -88,43 +90,8 @@ def load(
     test = files(root, _test_split(root, test_split), train.class_names)
     numbers = checked_numbers(resize, crop, color_std, workers, threads)
     names = train.class_names
-    return StreamedDataset(name, train, test, len(names), flip=flip, class_names=names, **numbers)
-
-
-def fake_data(
-    name: str = "folder",
-    data_dir: str | None = None,
-    *,
-    train_split: str = TRAIN,
-    test_split: str | None = None,
-    resize: int = 256,
-    crop: int = 224,
-    flip: bool = True,
-    color_std: float = 0.1,
-    workers: int | None = None,
-    threads: int = 1,
-) -> FakeDataset:
-    """The same with black images, for compiling; the folders are looked at for the classes.
-
-    Args:
-      name: see `load`; the other arguments too.
-
-    Raises:
-      DatasetError: see `load`.
-    """
-    given = load(
-        name,
-        data_dir,
-        train_split=train_split,
-        test_split=test_split,
-        resize=resize,
-        crop=crop,
-        flip=flip,
-        color_std=color_std,
-        workers=workers,
-        threads=threads,
-    )
-    return FakeDataset(**{f.name: getattr(given, f.name) for f in dataclasses.fields(given)})
+    made = StreamedDataset if records else BlackDataset
+    return made(name, train, test, len(names), flip=flip, class_names=names, **numbers)
 
 
 def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = None) -> Files:

@@ -30,8 +30,7 @@ def load(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
       >>> digits.image_shape, digits.train_size, digits.test_size, digits.num_classes
       ((8, 8, 1), 1437, 360, 10)
     """
-    section = {"name": name, "data_dir": data_dir}
-    return implementation(load, section)(name, data_dir, **arguments)
+    return implementation({"name": name, "data_dir": data_dir})(name, data_dir, **arguments)
 
 
 def fake_data(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
@@ -44,26 +43,22 @@ def fake_data(name: str, data_dir: str | None = None, **arguments: Any) -> Datas
       >>> fake_data("digits", downsample=2).image_shape, fake_data("imagenet2012").image_shape
       ((4, 4, 1), (224, 224, 3))
     """
-    section = {"name": name, "data_dir": data_dir}
-    return implementation(fake_data, section)(name, data_dir, **arguments)
+    return load(name, data_dir, **arguments, records=False)
 
 
-def implementation(function: Callable[..., Dataset], section: Mapping) -> Callable[..., Dataset]:
-    """What `load` or `fake_data` calls for a set; its arguments are the keys of a config's section.
+def implementation(section: Mapping) -> Callable[..., Dataset]:
+    """What `load` calls for a set; its arguments are the keys of a config's section.
 
     Args:
-      function: `load` or `fake_data`; any other function is returned as it is.
       section: `name`, and `data_dir` if it has one.
 
     Raises:
       DatasetError: the name is unknown.
     """
-    if function not in (load, fake_data):
-        return function
-    module = dataset
-    if section.get("name") == "folder":
-        module = folder
-    elif isinstance(section.get("name"), str):  # else binding says what is missing
-        found = source.find(section["name"], section.get("data_dir"), prepared=False)
-        module = streamed if None in found.image_shape else dataset
-    return getattr(module, function.__name__)
+    name = section.get("name")
+    if name == "folder":
+        return folder.load
+    if not isinstance(name, str):
+        return dataset.load  # binding says what is missing
+    found = source.find(name, section.get("data_dir"), prepared=False)
+    return streamed.load if None in found.image_shape else dataset.load

@@ -96,7 +96,7 @@ class StreamedDataset:
         return {"workers": self.workers, "threads": self.threads}
 
 
-class FakeDataset(StreamedDataset):
+class BlackDataset(StreamedDataset):
     """The same without records: black images."""
 
     def train_batches(
@@ -125,6 +125,7 @@ def load(
     color_std: float = 0.1,
     workers: int | None = None,
     threads: int = 1,
+    records: bool = True,
 ) -> StreamedDataset:
     """Opens a set of photographs that TFDS has prepared, such as `imagenet2012`.
 
@@ -145,51 +146,27 @@ def load(
       workers: processes that decode; None is one for each core this process may use, and 0 decodes
         in threads of this process.
       threads: of each worker; more than one where reading has to wait for a distant disk.
+      records: False needs no prepared set and none of the packages, and gives black images.
 
     Raises:
       DatasetError: the name or a split is unknown, the set is not prepared, a number is
         impossible, or a package is missing.
+
+    Example:
+      >>> load("imagenet2012", records=False).image_shape
+      (224, 224, 3)
     """
-    found = source.find(name, data_dir)
+    found = source.find(name, data_dir, prepared=records)
+    numbers = checked_numbers(resize, crop, color_std, workers, threads)
+    if not records:
+        keys = found.image_key, found.label_key
+        nothing = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
+        return BlackDataset(name, nothing, nothing, found.num_classes, flip=flip, **numbers)
     check_packages(name)
     train, test = (source.records(found, split) for split in (train_split, test_split))
-    numbers = checked_numbers(resize, crop, color_std, workers, threads)
     return StreamedDataset(
         name, train, test, found.num_classes, flip=flip, class_names=found.class_names, **numbers
     )
-
-
-def fake_data(
-    name: str,
-    data_dir: str | None = None,
-    *,
-    train_split: str = "train",
-    test_split: str = "validation",
-    resize: int = 256,
-    crop: int = 224,
-    flip: bool = True,
-    color_std: float = 0.1,
-    workers: int | None = None,
-    threads: int = 1,
-) -> FakeDataset:
-    """The same without records: black images.
-
-    Args:
-      name: see `load`; the other arguments too.
-
-    Raises:
-      DatasetError: the name is unknown or a number is impossible.
-
-    Example:
-      >>> fake_data("imagenet2012").image_shape
-      (224, 224, 3)
-    """
-    del train_split, test_split
-    found = source.find(name, data_dir, prepared=False)
-    keys = found.image_key, found.label_key
-    records = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
-    numbers = checked_numbers(resize, crop, color_std, workers, threads)
-    return FakeDataset(name, records, records, found.num_classes, flip=flip, **numbers)
 
 
 def check_packages(name: str) -> None:

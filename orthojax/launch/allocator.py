@@ -4,6 +4,7 @@ XLA:CPU allocates the temporaries of a step anew each time it runs. glibc gives 
 to the operating system at once, and each step then faults in all of its pages again.
 """
 
+import argparse
 import ctypes
 import platform
 
@@ -14,6 +15,16 @@ _SETTINGS = (
     (_MMAP_MAX, 0),  # large pieces come from the heap too
     (_TRIM_THRESHOLD, 2**31 - 1),  # bytes free at its top before it shrinks
 )
+
+
+def add_keep_memory(parser: argparse.ArgumentParser) -> None:
+    """Gives a program the flag `--keep_memory`, on by default."""
+    parser.add_argument(
+        "--keep_memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the memory that a step frees for the next one (CPUs, glibc)",
+    )
 
 
 def keep_freed_memory() -> bool:

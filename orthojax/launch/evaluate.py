@@ -44,7 +44,7 @@ def main():
     for key, value in (("test_split", options.split), ("data_dir", options.data_dir)):
         if value is not None:
             section[key] = value
-    dataset = bind(data.implementation(data.load, section), section, "dataset")
+    dataset = bind(data.implementation(section), section, "dataset")
     size = options.recalibrate_bn
     size = config.get("recalibrate_bn", 0) if size is None else size
     if size:

@@ -37,6 +37,7 @@ _PLAIN = {
     "mesh": (make_mesh,),
 }
 _SUPPLIED = {  # by the program
+    "dataset": ("records",),
     "model": ("modulated", "dtype", "num_classes"),
     "modulation": ("inner",),
     "constraint": ("inner",),
@@ -117,7 +118,7 @@ def _rename(config: ConfigDict, override: Override, chosen: dict[str, Override])
     if section == "dataset":
         place = chosen.get("dataset.data_dir")
         data_dir = place.value if place else config.dataset.get("data_dir")
-        found = [data.implementation(data.load, {"name": name, "data_dir": data_dir})]
+        found = [data.implementation({"name": name, "data_dir": data_dir})]
     else:
         found = _readers(config, section, override)
     taken = {"name", *_known(found, section)}

@@ -11,7 +11,7 @@ import sys
 
 from orthojax.data.prepare import prepare
 from orthojax.data.reencode import reencode
-from orthojax.errors import UserError
+from orthojax.launch.command_line import exit_status
 
 
 def main() -> int:
@@ -34,18 +34,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="threads that write it (default: one per core)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # cleans up, as Ctrl-C
+    return exit_status(lambda: _prepare(arguments))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
     name, data_dir, manual_dir = arguments.name, arguments.data_dir, arguments.manual_dir
-    try:
-        if arguments.resize is None:
-            directory = prepare(name, data_dir, manual_dir)
-        else:
-            numbers = {"quality": arguments.quality, "workers": arguments.workers}
-            directory = reencode(name, arguments.resize, data_dir, manual_dir, **numbers)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.resize is None:
+        directory = prepare(name, data_dir, manual_dir)
+    else:
+        numbers = {"quality": arguments.quality, "workers": arguments.workers}
+        directory = reencode(name, arguments.resize, data_dir, manual_dir, **numbers)
     print(f"{name} is prepared in {directory}")
-    return 0
 
 
 if __name__ == "__main__":

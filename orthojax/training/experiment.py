@@ -1,7 +1,7 @@
 """A config, checked and built into everything that stays the same during training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,15 +145,14 @@ def build(
     config: Mapping,
     *,
     devices: Sequence[jax.Device] | None = None,
-    load: Callable[..., data.Dataset] = data.load,
+    records: bool = True,
 ) -> Experiment:
     """Builds what a config describes; touches no working directory.
 
     Args:
       config: a Mapping or ConfigDict with the keys of `Settings`.
       devices: what the mesh is made of; None is `jax.devices()`.
-      load: what `dataset` is bound to: `orthojax.data.load`, or `orthojax.data.fake_data`, which
-        needs no records.
+      records: False gives black images, and the data set need not be prepared.
 
     Raises:
       ConfigError: a key is unknown, missing or impossible; the message names it.
@@ -180,7 +179,9 @@ def build(
             f"`recalibrate_bn` is {settings.recalibrate_bn}, which only nets of orthojax.models "
             "know; set it to 0"
         )
-    dataset = bind(data.implementation(load, settings.dataset), settings.dataset, "dataset")
+    dataset = bind(
+        data.implementation(settings.dataset), settings.dataset, "dataset", records=records
+    )
     dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
     if settings.recalibrate_bn > dataset.train_size:
         raise ConfigError(

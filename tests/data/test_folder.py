@@ -152,7 +152,7 @@ def test_fake_data_has_the_same_shapes(root):
     fake = data.fake_data("folder", str(root), **OPTIONS)
     assert next(fake.train_batches(4, seed=0))["image"].shape == (4, 16, 16, 3)
     assert fake.num_classes == 3
-    assert build(folder_config(root), load=data.fake_data).dataset.image_shape == (16, 16, 3)
+    assert build(folder_config(root), records=False).dataset.image_shape == (16, 16, 3)
 
 
 def folder_config(root, **changes):

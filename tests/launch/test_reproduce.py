@@ -13,7 +13,6 @@ import numpy as np
 import optax
 import pytest
 
-from orthojax import data
 from orthojax.analysis.growth import log_growth
 from orthojax.models import PlainNet, in_order
 from orthojax.sites import SITE
@@ -60,7 +59,7 @@ def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
     jobs = experiment.jobs(options)
     workdirs = {}
     for name, run in first_runs(jobs).items():
-        build(run.config, load=data.fake_data)
+        build(run.config, records=False)
         # One directory, one config.
         assert workdirs.setdefault(run.workdir, run.config.to_json()) == run.config.to_json(), name
     assert len(jobs) > 3
@@ -92,7 +91,7 @@ def test_the_nets_of_the_figures_can_be_built_those_on_imagenet_too(preset, opti
     shapes = set()
     for name in curves.TITLES:
         config = curves.config(options, name)
-        build(config, load=data.fake_data)
+        build(config, records=False)
         shapes.add((config.dataset.name, config.model.depth))
     assert shapes >= {("cifar10", 44), ("imagenet2012", 34), ("imagenet2012", 101)}
 

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from orthojax import data
 from orthojax.configs import (
     cifar10_plain,
     cifar10_resnet,
@@ -422,7 +421,7 @@ def test_every_config_builds(config):
 )
 def test_every_imagenet_config_builds(config):
     config.mesh.data = 1
-    experiment = build(config, load=data.fake_data)
+    experiment = build(config, records=False)
     assert experiment.net.depth in (34, 101)
     assert experiment.dataset.image_shape in ((224, 224, 3), (64, 64, 3))
     assert experiment.net.num_classes == 1000
