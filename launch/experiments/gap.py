@@ -1,5 +1,6 @@
 """Plain against residual: the same depth, width, data, schedule and number of steps."""
 
+import itertools
 import statistics
 
 from experiments.arms import LADDER, cifar10, digits
@@ -10,26 +11,29 @@ from orthojax.training.sweep import tuned
 TITLE = "Plain nets and their residual twins"
 DEPTHS = (44, 110)
 METHODS = ("isometric", "residual")
+CLIPPED = "cifar10 clipped"
 
 
 def jobs(options):
     """Each arm at a learning rate of its own."""
     found = {}
-    for depth in DEPTHS:
-        for method in METHODS:
-            config = cifar10(depth, method, options.preset, options.data_dir)
-            steps = config.steps // (4 if options.preset == "cpu" else 16)
-            if (method, depth) == ("residual", 110):
-                steps *= 2  # after as many as the others take it has not begun to learn
-            directory = options.workdir / f"cifar10_{method}{depth}"
-            found[f"cifar10,{method},{depth}"] = tuned(
-                config,
-                directory,
-                options.seeds,
-                rates=LADDER,
-                start=config.optimizer.learning_rate,
-                search_steps=steps,
-            )
+    for clipped, depth, method in itertools.product((False, True), DEPTHS, METHODS):
+        config = cifar10(depth, method, options.preset, options.data_dir)
+        steps = config.steps // (4 if options.preset == "cpu" else 16)
+        if (method, depth) == ("residual", 110):
+            steps *= 2  # after as many as the others take it has not begun to learn
+        start, name = config.optimizer.learning_rate, "cifar10"
+        if clipped:
+            config.clip_grad_norm, config.recalibrate_bn = 1.0, 1_280
+            start, name = 0.1, CLIPPED
+        found[f"{name},{method},{depth}"] = tuned(
+            config,
+            options.workdir / f"{name}_{method}{depth}".replace(" ", "_"),
+            options.seeds,
+            rates=LADDER,
+            start=start,
+            search_steps=steps,
+        )
     for depth in DEPTHS:
         for method in METHODS:
             directory = options.workdir / f"digits_{method}{depth}"
@@ -59,7 +63,8 @@ def report(options, results):
         "Test accuracy in %, and plain minus residual. Each arm at the learning rate with the "
         "smallest training loss, on a ladder of two or three to a factor of ten; on CIFAR-10 the "
         "search takes runs of a quarter of the length (of half for ResNet-110, which has not begun "
-        f"to learn after a quarter). Preset `{options.preset}`.",
+        "to learn after a quarter). Clipped: gradients to a norm of 1, and BN statistics of one "
+        f"pass over 1,280 training images. Preset `{options.preset}`.",
         pictures={"gap": _draw(results, pairs)},
     )
 
