@@ -92,13 +92,13 @@ def load(
     flip: bool = False,
     records: bool = True,
 ) -> InMemoryDataset:
-    """Loads an image-classification set that TFDS has prepared, or `digits`, which needs no such.
+    """Loads an image-classification set that TFDS has prepared, or one of `orthojax.data.bundled`.
 
     The images are decoded the first time and cached as `.npz` files; a set prepared anew is decoded
     anew. TensorFlow is never imported.
 
     Args:
-      name: `digits`, or a TFDS name such as `cifar10`, `cifar100`, `svhn_cropped`, `mnist`.
+      name: `digits`, `mnist5000`, or a TFDS name such as `cifar10`, `svhn_cropped`, `mnist`.
       data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
       downsample: k averages k×k blocks of pixels, rounded to the nearest integer (a half to even).
       train_split: a TFDS split, which may be sliced, such as `train[:90%]`.

@@ -8,14 +8,14 @@ from orthojax.data.protocols import Dataset
 
 
 def load(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
-    """Loads a data set that TFDS has prepared, or `digits`, which needs no such.
+    """Loads a data set that TFDS has prepared, or one of `orthojax.data.bundled`.
 
     Sets of images of one size, such as CIFAR-10, are decoded into memory; those of photographs of
     many sizes, such as ImageNet, are read while a net trains. TensorFlow is never imported.
 
     Args:
-      name: `digits`; a TFDS name such as `cifar10`, `svhn_cropped`, `imagenet2012`; or `folder`,
-        for pictures of one's own.
+      name: `digits`, `mnist5000`; a TFDS name such as `cifar10`, `svhn_cropped`, `imagenet2012`;
+        or `folder`, for pictures of one's own.
       data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. For
         `folder` it is DIR of `DIR/train/CLASS/*.jpg`.
       **arguments: of `load` in `orthojax.data.dataset`, `.streamed` or `.folder`.

@@ -11,7 +11,7 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
     """Downloads a TFDS data set and writes it as `array_record`, which needs no TensorFlow to read.
 
     A set that is prepared already is left as it is. Run this in a process of its own
-    (`launch/prepare_data.py`): TFDS imports TensorFlow to write any set but `digits`.
+    (`launch/prepare_data.py`): TFDS imports TensorFlow to write any set but the bundled ones.
 
     Args:
       name: see `orthojax.data.load`.
@@ -26,12 +26,12 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
         download failed, or the set is there in another format.
     """
     manual_dir = os.path.expanduser(manual_dir) if manual_dir else None
-    from orthojax.data import digits  # here, so that importing this does not import TFDS
+    from orthojax.data import bundled  # here, so that importing this does not import TFDS
 
     builder = source.named_builder(name, data_dir)
     if not source.is_prepared(builder):
-        if isinstance(builder, digits.Digits):
-            digits.prepare(builder)
+        if isinstance(builder, bundled.Bundled):
+            bundled.prepare(builder)
         else:
             _download_and_prepare(name, builder, manual_dir)
     source.check_prepared(name, builder)

