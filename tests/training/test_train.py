@@ -32,7 +32,8 @@ from orthojax.modulator import find_state
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.training.compiled import compile_steps, lower_train_step
 from orthojax.training.experiment import build
-from orthojax.training.train import evaluate, train_and_evaluate
+from orthojax.training.train import train_and_evaluate
+from orthojax.training.trainer import evaluate
 
 ROOT = pathlib.Path(__file__).parents[2]
 

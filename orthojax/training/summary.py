@@ -1,0 +1,42 @@
+"""The summary of a run, which is written last: it says that the run has finished."""
+
+import json
+from typing import Any
+
+from orthojax.console import tell
+from orthojax.parallel.processes import is_first
+from orthojax.storage.checkpoint import saved_steps
+from orthojax.storage.checksums import find_damage
+from orthojax.storage.paths import is_remote
+from orthojax.storage.workdir import write_json_atomic
+
+SUMMARY = "summary.json"
+
+
+def read_finished(workdir: Any, steps: int) -> dict[str, Any] | None:
+    """The summary of the run in `workdir` if it has taken all its steps, else None."""
+    try:
+        summary = json.loads((workdir / SUMMARY).read_bytes())
+        finished = summary["steps"] == steps and "test_accuracy" in summary
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return None
+    saved = saved_steps(workdir / "checkpoints")
+    if not finished or (saved and saved[-1] < steps):
+        return None
+    if saved and not is_remote(workdir) and find_damage(workdir / "checkpoints" / str(saved[-1])):
+        return None  # trains again from an earlier checkpoint
+    gone = "" if saved else "; its checkpoints are gone"
+    if is_first():
+        tell(f"{workdir} has finished its {steps:,} steps{gone}; to train anew choose another")
+    return summary
+
+
+def write_summary(workdir: Any, summary: dict[str, Any]) -> None:
+    """Writes it, beside that of a run that was shorter, renamed to `summary-300.json`."""
+    path = workdir / SUMMARY
+    try:
+        steps = int(json.loads(path.read_bytes())["steps"])
+        path.rename(path.with_name(f"summary-{steps}.json"))
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        pass
+    write_json_atomic(path, summary)
