@@ -28,7 +28,7 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1
 
     Args:
       groups: `"ceil"` or `"literal"`, the grouping to give to `optax_ortho` as well.
-      gain: Singular value of every group. `optax_ortho` pulls towards 1.
+      gain: Singular value of every group. `optax_ortho` pulls toward 1.
       feature_groups: `feature_group_count` of a grouped convolution, the number of inputs of a
         depthwise one: the outputs of each feature group are made orthonormal by themselves.
 

@@ -135,8 +135,8 @@ def modulation(
         moment = gradients[:, 0] / weight
         ran = (weight > 0) & (moment > 0) & jnp.isfinite(moment) & jnp.isfinite(weight)
         scale = jax.vmap(lambda m, s: rescaling(m, s, jnp.float32)[0])(moment, sites)
-        downwards = jnp.argsort(sites[:, 2])[::-1]  # of equals, such as a stack, the last is first
-        top = downwards[0]
+        downward = jnp.argsort(sites[:, 2])[::-1]  # of equals, such as a stack, the last is first
+        top = downward[0]
 
         measured = state.measured + ran[top]
         keep = jnp.minimum(jnp.float32(decay), 1 - 1 / jnp.maximum(measured, 1))
@@ -147,7 +147,7 @@ def modulation(
         # A loss scale of S multiplies the moment by S² and the weight, once divided out, by 1 / S.
         running = average(state.reference, moment[top] * jnp.square(weight[top]))
         log_growth = average(
-            state.log_growth, _log_growth(moment[downwards], scale[downwards], ran[downwards])
+            state.log_growth, _log_growth(moment[downward], scale[downward], ran[downward])
         )
         modulating = (state.count + 1 < steps) & (tolerance < jnp.inf)
 
@@ -202,7 +202,7 @@ class SiteReading(NamedTuple):
 
 
 class Readings(tuple):
-    """The :class:`SiteReading` of every site, from the input upwards; `print` it."""
+    """The :class:`SiteReading` of every site, from the input upward; `print` it."""
 
     def __str__(self) -> str:
         width = max(len("layer"), *(len(row.path) for row in self))
@@ -224,7 +224,7 @@ def read(opt_state: Any) -> Readings:
       opt_state: with the state of :func:`modulation` somewhere in it.
 
     Returns:
-      A tuple of :class:`SiteReading`, from the input upwards.
+      A tuple of :class:`SiteReading`, from the input upward.
 
     Raises:
       ValueError: there is no state of :func:`modulation`.
@@ -267,7 +267,7 @@ def _check(name, value, holds, expected):
 
 
 def _log_growth(moment, scale, ran):
-    """From the topmost site downwards: the largest |log| of the moments had nothing rescaled."""
+    """From the topmost site downward: the largest |log| of the moments had nothing rescaled."""
     log_scale = jnp.where(ran, 2 * jnp.log(jnp.where(ran, scale, 1)), 0)
     above = jnp.cumsum(log_scale) - log_scale
     true = jnp.log(jnp.where(ran, moment, 1)) - above

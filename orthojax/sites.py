@@ -10,7 +10,7 @@ the output of a parametric layer, and :math:`\bar q` that of the topmost layer,
 so that the error is never more than `T` times, or less than one `T`-th of, what enters at the top.
 Two pieces do that:
 
-* a *site* (:func:`modulate`) behind a layer: the identity forwards, `ρ·δ` backwards. It holds the
+* a *site* (:func:`modulate`) behind a layer: the identity forward, `ρ·δ` backward. It holds the
   two bounds and nothing else; the moment is that of the very cotangent that arrives. The
   "gradient" of a site is what it measured.
 * an optax transformation (:func:`orthojax.modulation`) around any optimizer. It takes the measured
@@ -39,7 +39,7 @@ def init_site(position: float = 0.0, shape: tuple[int, ...] = ()) -> jax.Array:
     """A fresh site: `[low, high, position]`, float32, with bounds of 0, which is none.
 
     Args:
-      position: where the site stands, counted from the input upwards: the one with the largest
+      position: where the site stands, counted from the input upward: the one with the largest
         position (the last of equals) gives the reference. A negative one marks a site at the
         output of the net, which only measures.
       shape: leading axes, for the stacked parameters of a scan over layers.
@@ -55,7 +55,7 @@ def init_site(position: float = 0.0, shape: tuple[int, ...] = ()) -> jax.Array:
 
 
 def modulate(x: jax.Array, site: jax.Array) -> jax.Array:
-    r"""A modulation site: the identity forwards, :math:`\rho\,\delta` backwards.
+    r"""A modulation site: the identity forward, :math:`\rho\,\delta` backward.
 
     Put it at the output of every parametric layer but the last, before the normalization:
     `y = modulate(conv(x), params["modulation_site"])`. Call it on a batch: the moment is a mean

@@ -114,7 +114,7 @@ def test_parameters_are_those_of_the_model_and_its_checkpoints_fit():
     jax.tree.map(np.testing.assert_array_equal, without_sites(wrapped), bare)
     sizes = [jax.tree.map(jnp.size, t) for t in (weights_only(wrapped), bare)]
     assert sum(jax.tree.leaves(sizes[0])) == sum(jax.tree.leaves(sizes[1]))
-    # Parameters without sites are the bare model, forwards and backwards.
+    # Parameters without sites are the bare model, forward and backward.
     for params in (bare, wrapped):
         np.testing.assert_array_equal(
             Modulated(net).apply({"params": params}, x), net.apply({"params": bare}, x)

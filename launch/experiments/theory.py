@@ -85,7 +85,7 @@ def _draw(options, measured):
                 values = [math.exp(measured[depth, kernel, bias][seed]) for bias in BIASES]
                 label = f"{depth} layers" if seed == 0 else None
                 axes.plot(BIASES, values, "o", color=color, markersize=4, label=label)
-        axes.axhline(1, color="grey", linewidth=0.5)
+        axes.axhline(1, color="gray", linewidth=0.5)
         axes.set(title=kernel, xlabel="BN bias β", ylabel="growth per layer")
         clear_frame(axes)
         axes.legend(frameon=False, fontsize=8)

@@ -16,7 +16,7 @@ and the kernel W above it, whose input is x and whose outputs have variances :ma
 * The **bias term** is that of near-isometric initialization, `orthojax.isometry.error_growth`,
   where all channels are alike: 0.383 at b = 0, and less the larger b, or the more it differs.
 * The **alignment** ln a says how far the kernel leans toward the leading components of its input:
-  0 if it does not, up to ln C if it sees one of them alone. It lets the variance grow forwards,
+  0 if it does not, up to ln C if it sees one of them alone. It lets the variance grow forward,
   which batch normalization divides by, and the error does not.
 * The **rest** is what the two leave: correlations that they do not know of.
 """

@@ -164,10 +164,10 @@ def crop_into(out: np.ndarray, encoded: bytes | memoryview, size: int, left: int
 
 
 def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
-    # Pillow's own conversion of grey levels of more than 8 bits clips at 255: all turns white.
+    # Pillow's own conversion of gray levels of more than 8 bits clips at 255: all turns white.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        grey = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
+        gray = (np.asarray(image) >> 8).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
         raise ValueError(f"a {image.format} image of mode {image.mode} has no known range")
     return np.array(image.convert("RGB"))

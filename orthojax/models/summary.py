@@ -22,7 +22,7 @@ class StageSummary:
       output: shape of its output for one image.
       layers: convolutions and dense layers, those of shortcuts too.
       parameters: their number, those of batch normalization too.
-      multiply_adds: multiply-accumulate operations of its layers, forwards, for one image.
+      multiply_adds: multiply-accumulate operations of its layers, forward, for one image.
     """
 
     name: str
@@ -55,7 +55,7 @@ class NetSummary:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for one image, forwards: two per multiply-add."""
+        """Floating-point operations for one image, forward: two per multiply-add."""
         return 2 * self.total.multiply_adds
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class NetSummary:
             "  ".join([name.ljust(first), *map(str.rjust, cells, others)]) for name, *cells in lines
         ]
         return "\n".join(
-            [*text, f"{self.flops:,} FLOPs, at two per multiply-add, for one image forwards"]
+            [*text, f"{self.flops:,} FLOPs, at two per multiply-add, for one image forward"]
         )
 
 
@@ -74,7 +74,7 @@ def describe_net(net: nn.Module, image_shape: tuple[int, int, int]) -> NetSummar
 
     Columns: submodule; shape of its output for one image; convolutions and dense layers, those of
     shortcuts too; parameters, those of batch normalization too; multiply-adds of those layers,
-    forwards, for one image. A multiply-add is one entry of a kernel times one input, added up;
+    forward, for one image. A multiply-add is one entry of a kernel times one input, added up;
     products with the zeros of padding count, as is usual in the literature. BN, ReLU, pooling and
     biases do not. Nothing is computed but shapes.
 
@@ -97,7 +97,7 @@ def describe_net(net: nn.Module, image_shape: tuple[int, int, int]) -> NetSummar
       stage_3  2×2×16       2       3,520         13,824
       head         10       1         170            160
       total        10       8       5,006         53,152
-      106,304 FLOPs, at two per multiply-add, for one image forwards
+      106,304 FLOPs, at two per multiply-add, for one image forward
     """
     outputs = {}
 

@@ -22,7 +22,7 @@ def test_every_filter_stands_where_it_should_and_fills_its_range(count, columns,
 
 def test_constant_and_grey_filters(tmp_path):
     assert (tile_filters(np.full((3, 3, 1, 1), 7.0)) == 0.5).all()
-    draw_filters({"grey": np.random.default_rng(0).normal(size=(3, 3, 1, 4))}, tmp_path / "a.png")
+    draw_filters({"gray": np.random.default_rng(0).normal(size=(3, 3, 1, 4))}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -279,9 +279,9 @@ def test_evaluation_can_be_differentiated_forwards(images):
 
     tangent = jax.random.normal(jax.random.key(2), images.shape)
     weight = jax.random.normal(jax.random.key(3), (len(images), 10))
-    _, forwards = jax.jvp(logits, (images,), (tangent,))
-    backwards = jax.vjp(logits, images)[1](weight)[0]
-    np.testing.assert_allclose(jnp.vdot(weight, forwards), jnp.vdot(backwards, tangent), rtol=1e-3)
+    _, forward = jax.jvp(logits, (images,), (tangent,))
+    backward = jax.vjp(logits, images)[1](weight)[0]
+    np.testing.assert_allclose(jnp.vdot(weight, forward), jnp.vdot(backward, tangent), rtol=1e-3)
 
 
 def test_a_training_pass_under_shard_map_with_its_default_checks(images):

@@ -152,9 +152,9 @@ def test_batch_norm_in_as_many_groups_as_devices_needs_no_communication():
         lowered = lower_train_step(experiment({"data": 8, "fsdp": 1}, bn_groups=groups))
         return all_reduces(lowered.compile())
 
-    synchronised, apart = count(1), count(8)
+    synchronized, apart = count(1), count(8)
     # Every layer reduces its statistics, and in the backward pass what comes back to them.
-    assert synchronised - apart >= 7 * 2, (synchronised, apart)
+    assert synchronized - apart >= 7 * 2, (synchronized, apart)
     # And the result is the same wherever the groups lie.
     eight, one = (train({"data": n, "fsdp": 1}, bn_groups=8)[2] for n in (8, 1))
     np.testing.assert_allclose(eight, one, rtol=2e-5)
