@@ -36,7 +36,7 @@ ISOMETRIC = {
 # What matters most first: to interrupt it is to have the beginning of this list.
 ORDER = (
     (110, "modulated"),
-    *((depth, arm) for depth in SEARCHED[::-1] for arm in ("modulated", "off")),
+    *((depth, arm) for depth in SEARCHED[::-1] for arm in ("modulated", "off", "SGD + L2")),
     *((110, arm) for arm in ("off", "SGD + L2", *ISOMETRIC)),
     (62, "tolerance 1"),
     (62, "tolerance 10,000"),
