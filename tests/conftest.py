@@ -4,8 +4,6 @@ import os
 import pathlib
 import signal
 
-import pytest
-
 # Under `nohup` the processes that are tested would ignore it too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -21,13 +19,3 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
-@pytest.fixture
-def quick_compilation():
-    """For tests of which compiling is most, and that assert nothing about speed or bits."""
-    import jax  # after the settings above
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)

@@ -10,7 +10,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 OPTIONAL = ("equinox", "haiku")  # of the frameworks on the pages, those that are not required
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 

@@ -80,7 +80,6 @@ def test_a_net_at_initialization_grows_as_the_theory_says():
         assert float(growth(bias)) == pytest.approx(error_growth(bias), rel=0.03)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_layers_that_change_the_shape_and_the_first_are_in_the_theory():
     """Second moments, per element: see the module's docstring; padding loses some taps."""
     images = jax.random.normal(jax.random.key(5), (64, 16, 16, 3))

@@ -16,8 +16,6 @@ from orthojax.linen import Modulated
 from orthojax.modulator import find_state
 from orthojax.sites import SITE, weights_only
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DEPTH, WIDTH, BATCH = 50, 8, 32
 
 

@@ -17,8 +17,6 @@ from orthojax import init_site, modulate, modulation
 from orthojax.modulator import find_state
 from orthojax.sites import SITE
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GAINS = (3.0, 0.2, 5.0, 0.1, 2.0)  # unequal, so that every site has something to rescale
 DEPTH, WIDTH, BATCH = len(GAINS), 8, 16
 INNER = optax.chain(orthojax.optax_ortho(0.01), optax.sgd(0.02, momentum=0.9))

@@ -11,8 +11,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from orthojax import init_site, modulate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DEPTH, WIDTH, BATCH = 12, 16, 32
 
 

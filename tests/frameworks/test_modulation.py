@@ -21,8 +21,6 @@ from orthojax.modulator import find_state
 from orthojax.sites import SITE
 from tests.frameworks.digits_batch import cross_entropy, digits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DEPTH, WIDTH, STEPS = 4, 16, 30
 GAINS = (3.0, 0.5, 2.0, 0.4)  # so that the error changes size from layer to layer
 

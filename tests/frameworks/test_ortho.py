@@ -20,8 +20,6 @@ from orthojax import (
 )
 from tests.frameworks.digits_batch import cross_entropy, digits
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 STEPS = 30
 
 

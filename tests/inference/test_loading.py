@@ -20,8 +20,6 @@ from orthojax.storage.checkpoint import saved_steps
 from orthojax.storage.checksums import write_checksums
 from orthojax.training.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):

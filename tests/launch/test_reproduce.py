@@ -189,7 +189,6 @@ def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options, r
         assert ("ResNet-101, He and L2" in text) == (reason is None) and (reason or "") in text
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_growth_is_that_of_the_unmodulated_error():
     net = PlainNet(depth=20, width=4, num_classes=5, kernel_init="orthonormal", bn_bias=0.5)
     images = jax.random.normal(jax.random.key(1), (16, 8, 8, 3))
@@ -208,7 +207,6 @@ def test_growth_is_that_of_the_unmodulated_error():
     np.testing.assert_allclose(found, squares[:-1] - squares[1:], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_growth_does_not_overflow_where_the_error_would():
     """1.467^300 is 1e50: beyond float32."""
     net = PlainNet(depth=302, width=8, num_classes=5, kernel_init="delta_orthonormal")

@@ -262,7 +262,6 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_scanned_and_unrolled_nets_are_one_function_and_every_site_measures():
     scanned = ImageNetPlainNet(width=4, num_classes=5, modulated=True)
     images = jax.random.normal(jax.random.key(1), (4, 64, 64, 3))
@@ -276,7 +275,6 @@ def test_scanned_and_unrolled_nets_are_one_function_and_every_site_measures():
     assert_same((unstack_blocks(gradients), unstack_blocks(others)), expected)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("block", "bottleneck"), [(PlainBlock, "paper"), (ResidualBlock, "standard")]
 )
@@ -303,7 +301,6 @@ def test_a_stage_of_bottlenecks_is_one_function_in_all_its_forms(block, bottlene
     assert_same((gradients, others), again)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_standard_bottlenecks_are_orthonormal_in_groups():
     params = shapes_of(ImageNetResNet(depth=50, bottleneck="standard"))["params"]
     wide = {row.path: row for row in orthojax.describe(params).rows if len(row.groups) > 1}

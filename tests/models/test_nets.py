@@ -81,7 +81,6 @@ def value_and_gradients(net, variables, images):
     return logits, updated, gradients
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", [PlainNet, ResNet])
 def test_scanned_and_unrolled_nets_are_one_function(kind, images):
     options = dict(depth=14, width=4, kernel_init="he", modulated=True)
@@ -98,7 +97,6 @@ def test_scanned_and_unrolled_nets_are_one_function(kind, images):
             np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-4 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("kind", [PlainNet, ResNet])
 def test_recomputing_segments_changes_nothing(kind, images):
     """Five or six blocks a stage: whole segments of two, with and without a rest."""
@@ -152,7 +150,6 @@ def test_stacking_is_the_inverse_of_unstacking(images):
     assert jax.tree.structure(unstacked) == jax.tree.structure(dict(shapes))
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("init", ["orthonormal", "delta_orthonormal"])
 def test_every_kernel_starts_orthonormal(init, images):
     net = PlainNet(depth=14, width=4, kernel_init=init, bn_bias=1.5)

@@ -54,7 +54,6 @@ def single():
     return train({"data": 1, "fsdp": 1})
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("shape", [(8, 1), (2, 4), (1, 8)])
 def test_losses_do_not_depend_on_the_mesh(shape, single):
     mesh = dict(zip(AXES, shape, strict=True))
@@ -91,7 +90,6 @@ def test_large_kernels_and_their_momentum_are_split_and_nothing_else(scan):
     assert len(split) == 2 * len(momentum) > 0
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_split_kernels_are_gathered_and_activations_stay_where_they_are():
     text = lower_train_step(experiment({"data": 2, "fsdp": 4})).compile().as_text()
     names = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
@@ -146,7 +144,6 @@ def test_groups_have_to_divide_the_batch():
         experiment({"data": 1, "fsdp": 1}, bn_groups=5)
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_batch_norm_in_as_many_groups_as_devices_needs_no_communication():
     def count(groups):
         lowered = lower_train_step(experiment({"data": 8, "fsdp": 1}, bn_groups=groups))

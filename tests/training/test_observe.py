@@ -13,8 +13,6 @@ from orthojax.sites import SITE
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 @pytest.mark.parametrize(
     "net", [PlainNet(depth=74, width=2), ImageNetResNet(depth=34, width=2, num_classes=5)]

@@ -18,8 +18,6 @@ from orthojax.training.compiled import compile_steps
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 class ConvNet(nn.Module):
     """With batch normalization and dropout."""

@@ -22,7 +22,6 @@ def tiny(**keys):
     return config
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("groups", [1, 4])
 def test_the_images_are_then_evaluated_as_in_training(groups):
     net = PlainNet(depth=14, width=4, num_classes=10, bn_groups=groups, modulated=True)

@@ -16,8 +16,6 @@ from orthojax.training.train import train_and_evaluate
 from orthojax.training.trained import read_trained
 from orthojax.training.transfer import take_over
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def config_of(**model):
     config = digits_plain110.get_config("depth=8,steps=40")
