@@ -75,7 +75,7 @@ def _parts(name):
 
 
 def _draw(results, pairs):
-    picture = new_picture(6, 3.6)
+    picture = new_picture(7.5, 3.6)
     axes = picture.subplots()
     for shift, method, color in zip((-0.2, 0.2), METHODS, COLORS, strict=False):
         for place, (dataset, depth) in enumerate(pairs):
@@ -84,7 +84,7 @@ def _draw(results, pairs):
             mean = statistics.fmean(values)
             axes.bar(place + shift, mean, 0.38, color=color, label=label)
             axes.plot([place + shift] * len(values), values, "k.", markersize=4)
-    axes.set_xticks(range(len(pairs)), [f"{dataset}, {depth}" for dataset, depth in pairs])
+    axes.set_xticks(range(len(pairs)), [f"{dataset}\n{depth} layers" for dataset, depth in pairs])
     axes.set(ylabel="test accuracy (%)", ylim=(0, 100))
     clear_frame(axes)
     axes.legend(frameon=False)
