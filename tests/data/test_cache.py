@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
-from orthojax.data import cache, digits, load, source
+from orthojax.data import bundled, cache, load, source
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_two_directories_do_not_displace_each_other(data_dir, cache_dir, decoded
 def test_a_set_prepared_anew_is_decoded_anew(data_dir, cache_dir, monkeypatch):
     before = load_digits(data_dir, cache_dir)
     shutil.rmtree(data_dir / "digits")
-    rows = digits.test_rows
-    monkeypatch.setattr(digits, "test_rows", lambda labels: rows(labels) + 1)
+    rows = bundled.test_rows
+    monkeypatch.setattr(bundled, "test_rows", lambda labels: rows(labels) + 1)
     after = load_digits(data_dir, cache_dir)
     assert after.train.images.shape == before.train.images.shape
     assert (after.train.images != before.train.images).any()
