@@ -5,7 +5,6 @@ import statistics
 from experiments.arms import LADDER, cifar10, digits
 from experiments.report import accuracy, each, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.isometry import isometric_bias
 from orthojax.training.sweep import tuned
 
 TITLE = "Penalty, constraint, or neither"
@@ -13,10 +12,8 @@ STEPS = 600
 TIME_CONSTANTS = 3.0  # of the penalty, that a run lasts
 # What tells most first: to interrupt it is to have the beginning.
 BENCHES = (("digits", 44), ("digits", 110), ("cifar10", 44), ("cifar10", 110))
-STARTS = ("the paper's start", "near-isometric")
+STARTS = {"the paper's start": 0.1, "near-isometric": 0.05}  # where the search for a rate begins
 ARMS = ("neither", "penalty", "constraint")
-# Where the search for a rate begins: the paper's start, the near-isometric one.
-FIRST_RATES = {"digits": (0.1, 0.05), "cifar10": (0.1, 0.05)}
 
 
 def coefficient(rate, steps, momentum):
@@ -44,7 +41,6 @@ def config(dataset, depth, start, arm, rate, data_dir=None):
         found.regularizer = {"name": "none"}
         if start == "near-isometric":
             found.modulation = None
-            found.model.bn_bias = round(isometric_bias(depth - 1), 2)
         else:
             found.model.kernel_init, found.model.bn_bias = "orthonormal", 0.0
         if arm == "penalty":
@@ -61,7 +57,7 @@ def jobs(options):
     for dataset, depth in BENCHES:
         if dataset == "cifar10" and not options.data_dir:
             continue
-        for start, first in zip(STARTS, FIRST_RATES[dataset], strict=True):
+        for start, first in STARTS.items():
             for arm in ARMS:
 
                 def at(rate, case=(dataset, depth, start, arm)):

@@ -11,18 +11,21 @@ from orthojax.training.sweep import over_seeds, tuned
 TITLE = "Modulation from the paper's start, on the digits"
 STEPS = {20: 600, 44: 600, 62: 600, 110: 3_000, 302: 3_000}
 SEARCHED = (20, 44, 62)  # depths at which every arm finds its own rate
+DROP = {"name": "step_decay", "warmup_steps": 20, "boundaries": (0.5,), "factor": 0.1}
+DROPPED = {  # arms whose rate drops
+    "the first 300 steps, then a tenth of the rate": {"steps": 300},
+    "throughout, from step 300 at a tenth of the rate": {},
+}
 ARMS = {
     "modulated": {"tolerance": 10.0},
     "tolerance 1": {"tolerance": 1.0},
     "tolerance 10,000": {"tolerance": 1e4},
     "the first 60 steps": {"steps": 60},
     "the first 300 steps": {"steps": 300},
-    "the first 300 steps, then a tenth of the rate": {"steps": 300},
-    "throughout, from step 300 at a tenth of the rate": {},
+    **DROPPED,
     "normalized error": {"tolerance": 1.0, "reference": 1.0},
     "off": None,
 }
-DROP = {"name": "step_decay", "warmup_steps": 20, "boundaries": (0.5,), "factor": 0.1}
 # LARS's rates are the relative change of a layer per step.
 LARS = {"name": "lars", "learning_rate": 0.005, "momentum": 0.9, "trust_coefficient": 1.0}
 RIVALS = ("normalized error", "LARS")
@@ -41,7 +44,8 @@ ORDER = (
     (62, "tolerance 1"),
     (62, "tolerance 10,000"),
     (62, "the first 60 steps"),
-    *((62, arm) for arm in ARMS if "300" in arm),
+    (62, "the first 300 steps"),
+    *((62, arm) for arm in DROPPED),
     *((depth, arm) for depth in (62, 44) for arm in RIVALS),
     *((110, arm) for arm in RIVALS),
     (302, "modulated"),
@@ -64,7 +68,7 @@ def config(depth, arm):
             found.modulation = None
         else:
             found.modulation.update(ARMS[arm])
-        if "a tenth of the rate" in arm:
+        if arm in DROPPED:
             found.schedule = DROP
     return found
 

@@ -36,7 +36,8 @@ def write_summary(workdir: Any, summary: dict[str, Any]) -> None:
     path = workdir / SUMMARY
     try:
         steps = int(json.loads(path.read_bytes())["steps"])
-        path.rename(path.with_name(f"summary-{steps}.json"))
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass
+    else:
+        path.rename(path.with_name(f"summary-{steps}.json"))
     write_json_atomic(path, summary)
