@@ -24,7 +24,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
-BEYOND = ("modulation", "gap", "ablation", "depth", "rivals", "constraint")
+BEYOND = ("modulation", "hard_cases", "ablation", "depth", "constraint")
+AGAINST = ("gap", "long_run", "rivals")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = (*PAPER, *BEYOND)
+    names = (*PAPER, *BEYOND, *AGAINST)
     parser.add_argument("experiment", choices=(*names, "all"), metavar="|".join((*names, "all")))
     parser.add_argument("--preset", choices=("cpu", "full"), default="cpu")
     parser.add_argument("--seeds", type=int, default=1, help="how many, from 0")

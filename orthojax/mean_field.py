@@ -17,6 +17,7 @@ of this project has batch normalization and `orthojax.isometry.isometric_bias`.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from scipy import optimize, special
@@ -154,12 +155,18 @@ def tailored_slope(layers: int, cosine: float = 0.9) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Shaped:
-    """`outer · (softplus(inner · x + shift) + offset)`, with the numbers of `shaped_softplus`."""
+    """`outer · (softplus(inner · x + shift) + offset)`, with the numbers of `shaped_softplus`.
+
+    Called with x, and with `jnp.logaddexp` where that is a JAX array.
+    """
 
     inner: float
     shift: float
-    outer: float
-    offset: float
+    outer: float = 1.0
+    offset: float = 0.0
+
+    def __call__(self, x: Any, logaddexp: Callable = np.logaddexp) -> Any:
+        return self.outer * (logaddexp(self.inner * x + self.shift, 0.0) + self.offset)
 
 
 def shaped_softplus(layers: int, slope: float = 1.5) -> Shaped:
@@ -187,12 +194,9 @@ def shaped_softplus(layers: int, slope: float = 1.5) -> Shaped:
         raise ConfigError(f"layers={layers}, slope={slope}: at least 1, and more than 1")
 
     def shaped(inner, shift):
-        def softplus(z):
-            return np.logaddexp(0, inner * z + shift)
-
-        offset = -expectation(softplus)
-        outer = expectation(lambda z: (softplus(z) + offset) ** 2) ** -0.5
-        return Shaped(inner, shift, outer, offset)
+        form = Shaped(inner, shift)
+        form = dataclasses.replace(form, offset=-expectation(form))
+        return dataclasses.replace(form, outer=expectation(lambda z: form(z) ** 2) ** -0.5)
 
     def missing(unknowns):
         form = shaped(math.exp(unknowns[0]), unknowns[1])
@@ -200,11 +204,8 @@ def shaped_softplus(layers: int, slope: float = 1.5) -> Shaped:
         def derivative(z):
             return form.outer * form.inner * special.expit(form.inner * z + form.shift)
 
-        def value(z):
-            return form.outer * (np.logaddexp(0, form.inner * z + form.shift) + form.offset)
-
         local = expectation(lambda z: derivative(z) ** 2) - 1
-        moment = expectation(lambda z: z * value(z) * derivative(z)) - 1
+        moment = expectation(lambda z: z * form(z) * derivative(z)) - 1
         # Both are small where the net is deep: on the scale of what is wanted.
         wanted = slope ** (1 / layers) - 1
         return [math.log(local / wanted), moment / wanted]

@@ -73,7 +73,7 @@ def modulation(
         with a tolerance of 1 all layers then train on errors of one size, however small the loss
         (backward gradient normalization). None is the running moment.
 
-    TracedHyperparams may be traced, or set by `optax.inject_hyperparams`.
+    Hyperparameters may be traced, or set by `optax.inject_hyperparams`.
 
     Returns:
       A transformation whose state is :class:`ModulationState`; see :func:`read` for what it knows.

@@ -42,6 +42,11 @@ def cifar10(depth, method, preset, data_dir=None):
     return config
 
 
+def clip(config):
+    """Clips the gradient, and has BN statistics of one pass over 1,280 training images."""
+    config.clip_grad_norm, config.recalibrate_bn = 1.0, 1_280
+
+
 def imagenet(depth, method, preset, data_dir=None):
     """A residual net on ImageNet: the paper's protocol, or width 16 and 150 steps of 20 images."""
     mini = "mini" if preset == "cpu" else preset

@@ -2,8 +2,8 @@
 
 import statistics
 
-from experiments.arms import LADDER, cifar10, digits
-from experiments.report import accuracy, each, table, write_report
+from experiments.arms import LADDER, cifar10, clip, digits
+from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.training.sweep import tuned
 
@@ -32,7 +32,7 @@ def config(dataset, depth, start, arm, rate, data_dir=None):
     else:
         found = cifar10(depth, "isometric", "cpu", data_dir)
         found.steps = STEPS
-    found.clip_grad_norm, found.recalibrate_bn = 1.0, 1_280
+    clip(found)
     found.eval_every = found.checkpoint_every = STEPS // 2
     found.observe_every = STEPS // 6
     with found.unlocked(), found.ignore_type():
@@ -81,15 +81,13 @@ def report(options, results):
                 depth,
                 start,
                 arm,
-                f"{records[0]['learning_rate']:g}",
-                accuracy(records),
-                each(records),
+                *cells(records),
                 f"{statistics.fmean(record['train_loss'] for record in records):.3f}",
                 f"{max(errors):.1e}" if errors else "",
             ]
         )
-    headings = ["data", "layers", "start", "kept orthonormal by", "learning rate"]
-    headings += ["test accuracy (%)", "each", "training loss", "largest ‖WᵀW − I‖/√n"]
+    headings = ["data", "layers", "start", "kept orthonormal by", *CELLS]
+    headings += ["training loss", "largest ‖WᵀW − I‖/√n"]
     write_report(
         options,
         TITLE,

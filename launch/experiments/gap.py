@@ -3,7 +3,7 @@
 import itertools
 import statistics
 
-from experiments.arms import LADDER, cifar10, digits
+from experiments.arms import LADDER, cifar10, clip, digits
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.training.sweep import tuned
@@ -24,7 +24,7 @@ def jobs(options):
             steps *= 2  # after as many as the others take it has not begun to learn
         start, name = config.optimizer.learning_rate, "cifar10"
         if clipped:
-            config.clip_grad_norm, config.recalibrate_bn = 1.0, 1_280
+            clip(config)
             start, name = 0.1, CLIPPED
         found[f"{name},{method},{depth}"] = tuned(
             config,

@@ -3,7 +3,7 @@
 import statistics
 
 from experiments.arms import LADDER, digits
-from experiments.report import accuracy, each, table, write_report
+from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.configs import digits_plain110
 from orthojax.training.sweep import over_seeds, tuned
@@ -106,16 +106,14 @@ def report(options, results):
             depth,
             f"{ISOMETRIC_STEPS if arm in ISOMETRIC else STEPS[depth]:,}",
             arm,
-            f"{records[0]['learning_rate']:g}",
-            accuracy(records),
-            each(records),
+            *cells(records),
         ]
         for (depth, arm), records in sorted(results.items(), key=lambda item: item[0][0])
     ]
     write_report(
         options,
         TITLE,
-        table(["layers", "steps", "arm", "learning rate", "test accuracy (%)", "each"], rows),
+        table(["layers", "steps", "arm", *CELLS], rows),
         "Width 8, batches of 128, SGD with momentum 0.9, the gradient clipped to a norm of 1, the "
         "rate falling linearly to 0. Up to 62 layers each arm has the rate with the least training "
         "loss of the first seed, from a ladder; from 110 layers on all have the same, and LARS the "

@@ -24,14 +24,19 @@ def accuracy(records):
     return f"{statistics.fmean(values):.2f}{spread}" + (f" ({diverged} diverged)" * bool(diverged))
 
 
-def each(records):
-    """Test accuracy in % of every run.
+CELLS = ("learning rate", "test accuracy (%)", "each")
+
+
+def cells(records):
+    """What `CELLS` is the heading of: the rate of an arm, its mean with the spread, every run.
 
     Example:
-      >>> each([{"test_accuracy": 0.5}, {"test_accuracy": 0.987}])
-      '50.0, 98.7'
+      >>> record = {"diverged": None, "learning_rate": 0.1}
+      >>> cells([{"test_accuracy": 0.5, **record}, {"test_accuracy": 0.6, **record}])
+      ['0.1', '55.00 ± 7.07', '50.0, 60.0']
     """
-    return ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records)
+    each = ", ".join(f"{100 * record['test_accuracy']:.1f}" for record in records)
+    return [f"{records[0]['learning_rate']:g}", accuracy(records), each]
 
 
 def table(headings, rows):

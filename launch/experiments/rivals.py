@@ -2,8 +2,8 @@
 
 import statistics
 
-from experiments.arms import LADDER, cifar10, digits
-from experiments.report import accuracy, each, table, write_report
+from experiments.arms import LADDER, cifar10, clip, digits
+from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import clear_frame, new_picture
 from orthojax.mean_field import critical_tanh, normalized_tanh_scale
 from orthojax.training.sweep import tuned
@@ -78,7 +78,7 @@ def config(dataset, depth, arm, data_dir=None):
         found.steps = STEPS[dataset]
         found.eval_every = found.checkpoint_every = STEPS[dataset] // 4
     model, sections, rate = _arms(depth)[arm]
-    found.clip_grad_norm = 1.0
+    clip(found)
     with found.unlocked(), found.ignore_type():
         found.modulation = None
         found.model.update(model)
@@ -86,8 +86,7 @@ def config(dataset, depth, arm, data_dir=None):
             found[name] = section
         if found.model.get("norm") == "none":
             del found.model["bn_bias"]
-        else:
-            found.recalibrate_bn = 1_280
+            found.recalibrate_bn = 0
         found.optimizer.learning_rate = rate
     return found
 
@@ -117,24 +116,16 @@ def report(options, results):
     for dataset in sorted({dataset for dataset, _, _ in results}):
         found = {(depth, arm): r for (name, depth, arm), r in results.items() if name == dataset}
         rows += [
-            [
-                dataset,
-                depth,
-                arm,
-                f"{records[0]['learning_rate']:g}",
-                accuracy(records),
-                each(records),
-            ]
+            [dataset, depth, arm, *cells(records)]
             for (depth, arm), records in sorted(
                 found.items(), key=lambda item: (item[0][0], -_mean(item[1]))
             )
         ]
         pictures[f"rivals_{dataset}"] = _draw(found)
-    headings = ["data", "layers", "arm", "learning rate", "test accuracy (%)", "each"]
     write_report(
         options,
         TITLE,
-        table(headings, rows),
+        table(["data", "layers", "arm", *CELLS], rows),
         f"{STEPS['digits']:,} steps on the digits, {STEPS['cifar10']:,} on CIFAR-10 at 16×16; "
         "batches of 128, width 8, the gradient clipped to a norm of 1, the rate divided by ten at "
         "half and at three quarters; BN statistics of one pass over 1,280 training images. Each "

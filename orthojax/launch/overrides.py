@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 
+from flax.training.dynamic_scale import DynamicScale
 from ml_collections import ConfigDict
 
 from orthojax import data
@@ -34,6 +35,7 @@ _PLAIN = {
     "dataset": (dataset.load, streamed.load, folder.load),
     "modulation": (modulation,),
     "constraint": (stiefel,),
+    "loss_scale": (DynamicScale,),
     "mesh": (make_mesh,),
 }
 _SUPPLIED = {  # by the program

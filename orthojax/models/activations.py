@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.mean_field import shaped_softplus, tailored_slope
-
 
 @dataclasses.dataclass(frozen=True)
 class Activation:
@@ -45,6 +43,8 @@ def crelu(x):
 
 @functools.cache  # a net asks whenever it is traced
 def _tailored_relu(layers):
+    from orthojax.mean_field import tailored_slope  # half a second of SciPy that others save
+
     slope = tailored_slope(layers)
     gain = math.sqrt(2 / (1 + slope**2))
     return Activation(lambda: lambda x: gain * jnp.where(x > 0, x, slope * x))
@@ -52,10 +52,10 @@ def _tailored_relu(layers):
 
 @functools.cache  # a net asks whenever it is traced
 def _shaped_softplus(layers):
-    form = shaped_softplus(layers)
-    return Activation(
-        lambda: lambda x: form.outer * (jax.nn.softplus(form.inner * x + form.shift) + form.offset)
-    )
+    from orthojax.mean_field import shaped_softplus
+
+    form = functools.partial(shaped_softplus(layers), logaddexp=jnp.logaddexp)
+    return Activation(lambda: form)
 
 
 #: Name -> the `Activation` of a net of so many layers with one.

@@ -149,7 +149,8 @@ def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], Train
 def _init(experiment: Experiment):
     optimizer = experiment.optimizer(experiment.hyperparams)
     shape = experiment.dataset.image_shape
-    return functools.partial(init_state, experiment.net, optimizer, shape)
+    scale = experiment.loss_scale
+    return functools.partial(init_state, experiment.net, optimizer, shape, loss_scale=scale)
 
 
 def _gather(experiment: Experiment):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import optax
 from flax import linen as nn
+from flax.training.dynamic_scale import DynamicScale
 from jax.sharding import Mesh
 
 from orthojax import data
@@ -39,7 +40,10 @@ class Settings:
       seed: of the initialization, the order of the data and the augmentation.
       clip_grad_norm: the largest norm of the gradient, or None; inside modulation, so that it is
         of the modulated gradient.
-      dtype: compute dtype of the net, such as "float32" or "bfloat16".
+      dtype: compute dtype of the net: "float32", "bfloat16" or "float16".
+      loss_scale: None, or the arguments of `flax.training.dynamic_scale.DynamicScale`, such as
+        `scale` and `growth_interval`; float16 needs it, unless `modulation` keeps the error in
+        range.
       log_every: steps between records and progress lines.
       eval_every: steps between evaluations on the test split; there is always one at the end.
       checkpoint_every: steps between checkpoints; there is always one at the end.
@@ -66,6 +70,7 @@ class Settings:
     constraint: Mapping | None = None
     clip_grad_norm: float | None = None
     dtype: str = "float32"
+    loss_scale: Mapping | None = None
     log_every: int = 10
     eval_every: int = 100
     checkpoint_every: int = 100
@@ -88,6 +93,11 @@ class Settings:
         for key in ("observe_every", "recalibrate_bn"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 0")
+        if self.dtype == "float16" and self.loss_scale is None and self.modulation is None:
+            raise ConfigError(
+                "`dtype` is float16, whose gradients may underflow; set `loss_scale` to {} for a "
+                "dynamic one, or `modulation`, or take bfloat16, which needs neither"
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"`seed` is {self.seed}; it must be from 0 to {2**32 - 1}")
 
@@ -135,6 +145,12 @@ class Experiment:
             np.float32(self.settings.optimizer["learning_rate"]),
             np.float32(dict(self.settings.regularizer).get("coefficient", 0.0)),
         )
+
+    @property
+    def loss_scale(self) -> DynamicScale | None:
+        """The first one."""
+        section = self.settings.loss_scale
+        return None if section is None else bind(DynamicScale, section, "loss_scale")
 
     def optimizer(self, hyperparams: TracedHyperparams) -> optax.GradientTransformation:
         """Regularizer and optimizer, chained, with hyperparameters that may be traced."""
@@ -228,12 +244,7 @@ def net_of(settings: Settings, num_classes: int, *, modulated: bool) -> nn.Modul
 
 def _dtype(name: Any) -> np.dtype:
     dtype = explained("dtype", lambda: np.dtype(jax.numpy.dtype(name)))
-    if dtype == np.float16:
-        raise ConfigError(
-            "`dtype` is float16, whose gradients underflow without loss scaling, which there is "
-            "none of here; take bfloat16, which needs none"
-        )
     wide = dtype == np.float64 and jax.config.jax_enable_x64
-    if not wide and dtype not in (np.float32, jax.numpy.bfloat16):
-        raise ConfigError(f"`dtype` is {dtype}; it must be float32 or bfloat16")
+    if not wide and dtype not in (np.float32, np.float16, jax.numpy.bfloat16):
+        raise ConfigError(f"`dtype` is {dtype}; it must be float32, bfloat16 or float16")
     return dtype

@@ -12,7 +12,7 @@ from orthojax.sites import weights_only
 
 
 def observe(params: Any, opt_state: Any) -> dict[str, Any]:
-    """TracedHyperparams about the layers of a `ConvNet`; can be called under `jax.jit`.
+    """Figures of the layers of a `ConvNet`; can be called under `jax.jit`.
 
     Args:
       params: parameters of the net.

@@ -35,7 +35,9 @@ def make_train_step(
 
     Returns:
       `step(state, batch) -> (state, metrics)`. Metrics are float32 scalars of the batch, before
-      the update: `loss`, `accuracy`, `grad_norm`; and after it: `param_norm`.
+      the update: `loss`, `accuracy`, `grad_norm`; and after it: `param_norm`. Where the state has
+      a loss scale, the gradient is of the loss times that; a gradient that is not finite changes
+      nothing but the scale, which is one metric more, and counts as 0.
     """
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
@@ -53,21 +55,35 @@ def make_train_step(
             )
             return _cross_entropy(logits, batch["label"]).mean(), (logits, updated)
 
-        grad_function = jax.value_and_grad(loss_function, has_aux=True)
-        (loss, (logits, updated)), grads = grad_function(state.params)
+        if state.loss_scale is None:
+            loss_scale = None
+            grad_function = jax.value_and_grad(loss_function, has_aux=True)
+            (loss, (logits, updated)), grads = grad_function(state.params)
+        else:
+            grad_function = state.loss_scale.value_and_grad(loss_function, has_aux=True)
+            loss_scale, finite, (loss, (logits, updated)), grads = grad_function(state.params)
+            grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if loss_scale is not None:
+            kept = state.params, state.opt_state
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), kept
+            )
         metrics = {
             "loss": loss,
             "accuracy": jnp.mean(_correct(logits, batch["label"])),
             "grad_norm": optax.tree.norm(weights_only(grads)),
             "param_norm": optax.tree.norm(weights_only(params)),
         }
+        if state.loss_scale is not None:
+            metrics["loss_scale"] = state.loss_scale.scale
         new_state = TrainState(
             step=state.step + 1,
             params=params,
             batch_stats=updated.get("batch_stats", {}),
             opt_state=opt_state,
+            loss_scale=loss_scale,
         )
         return new_state, metrics
 

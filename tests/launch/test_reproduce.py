@@ -35,12 +35,18 @@ from experiments import (  # noqa: E402
     figure5,
     figure6,
     gap,
+    hard_cases,
+    long_run,
+    modulation,
     rivals,
     table2,
 )
 from reproduce import Options  # noqa: E402
 
 PRESETS = ("cpu", "full")
+CONFIGURED = (
+    *(table2, figure5, gap, ablation, depth, rivals, constraint, hard_cases, long_run, modulation),
+)
 
 
 @pytest.fixture
@@ -53,7 +59,7 @@ def first_runs(jobs):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("experiment", [table2, figure5, gap, ablation, depth, rivals, constraint])
+@pytest.mark.parametrize("experiment", CONFIGURED)
 def test_every_arm_is_a_config_that_can_be_built(experiment, preset, options):
     options = dataclasses.replace(options, preset=preset)
     jobs = experiment.jobs(options)

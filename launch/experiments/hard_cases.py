@@ -1,0 +1,100 @@
+"""Where modulation may be worth having: kernels of the wrong size, and numbers of 16 bits."""
+
+from experiments.arms import LADDER, clip, digits
+from experiments.report import CELLS, cells, table, write_report
+from experiments.rivals import PAPER
+from orthojax.training.sweep import over_seeds, tuned
+
+TITLE = "Hard cases: with modulation, without it, and by other means"
+STEPS = 600
+MODULATED = {"decay": 0.9, "tolerance": 10.0}
+KERNELS = {1.0: "Flax's default, 1 / fan-in", 2.0: "He's, 2 / fan-in", 4.0: "4 / fan-in"}
+# Name -> (optimizer, its rate to begin the search with, modulation).
+MEANS = {
+    "SGD": ({"name": "sgd", "momentum": 0.9}, 0.05, None),
+    "SGD, modulated": ({"name": "sgd", "momentum": 0.9}, 0.05, MODULATED),
+    "LARS": ({"name": "lars", "momentum": 0.9, "trust_coefficient": 1.0}, 0.005, None),
+    "Adam": ({"name": "adam"}, 0.001, None),
+}
+STARTS = {"near-isometric": ({}, 0.05), "the paper's": (PAPER, 0.05)}
+# Name -> (dtype, loss scale, modulation).
+PRECISIONS = {
+    "float32": ("float32", None, None),
+    "float32, modulated": ("float32", None, MODULATED),
+    "bfloat16": ("bfloat16", None, None),
+    "bfloat16, modulated": ("bfloat16", None, MODULATED),
+    "float16": ("float16", {"scale": 1.0, "growth_interval": 10 * STEPS}, None),
+    "float16, dynamic loss scale": ("float16", {"growth_interval": 50}, None),
+    "float16, modulated": ("float16", None, MODULATED),
+}
+
+
+def _vgg(kernel_scale, means):
+    optimizer, rate, modulation = MEANS[means]
+    config = digits(44, "isometric", STEPS)
+    with config.unlocked(), config.ignore_type():
+        config.model = {"name": "experiments.vgg:Vgg", "kernel_scale": kernel_scale}
+        config.modulation, config.regularizer = modulation, {"name": "none"}
+        config.optimizer = {**optimizer, "learning_rate": rate}
+        config.clip_grad_norm = 1.0
+    return config
+
+
+def _plain(start, precision):
+    model, rate = STARTS[start]
+    dtype, loss_scale, modulation = PRECISIONS[precision]
+    config = digits(110, "isometric", STEPS)
+    with config.unlocked(), config.ignore_type():
+        config.model.update(model)
+        config.dtype, config.loss_scale, config.modulation = dtype, loss_scale, modulation
+        config.optimizer.learning_rate = rate
+        clip(config)
+    return config
+
+
+def jobs(options):
+    """(table, row, column) -> job."""
+    found = {}
+    for scale in KERNELS:
+        for means, (_, rate, _) in MEANS.items():
+            name = f"vgg_{scale:g}_{means}".replace(" ", "_").replace(",", "")
+            found["kernels", scale, means] = tuned(
+                _vgg(scale, means),
+                options.workdir / name,
+                options.seeds,
+                rates=LADDER,
+                start=rate,
+            )
+    for start in STARTS:
+        for precision in PRECISIONS:
+            name = f"{start}_{precision}".replace(" ", "_").replace(",", "").replace("'", "")
+            found["precision", start, precision] = over_seeds(
+                _plain(start, precision), options.workdir / name, options.seeds
+            )
+    return found
+
+
+def report(options, results):
+    """Two tables: kernels of the wrong size, and precision."""
+    of_kernels, of_precision = [], []
+    for (which, case, arm), records in results.items():
+        if which == "kernels":
+            of_kernels.append([KERNELS[case], arm, *cells(records)])
+        else:
+            of_precision.append([case, arm, *cells(records)])
+    write_report(
+        options,
+        TITLE,
+        "A net that somebody else wrote (`launch/experiments/vgg.py`): 30 layers, 3×3 convolutions "
+        "of width 8 and ReLU, no shortcuts and no normalization. Only in the second row is the "
+        "variance of its kernels right.",
+        table(["kernels' variance", "means", *CELLS], of_kernels),
+        "110 plain layers of width 8 with batch normalization, activations and errors in 16 bits, "
+        "parameters in 32; all at one learning rate.",
+        table(["start", "precision", *CELLS], of_precision),
+        f"Digits, {STEPS} steps of 128, the gradient clipped to a norm of 1. In the first table "
+        "each arm has the rate with the least training loss of the first seed, from a ladder; in "
+        "the second BN statistics are those of one pass over 1,280 training images, and the "
+        "dynamic loss scale starts at 65,536, halves with every gradient that is not finite and "
+        "doubles after 50 that are.",
+    )

@@ -1,0 +1,108 @@
+"""Plain against residual in a long run: who stays behind, and on training or on test images?"""
+
+import statistics
+
+from experiments.arms import LADDER, cifar10, clip
+from experiments.report import accuracy, table, write_report
+from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.storage.metrics import read_metrics
+from orthojax.training.sweep import tuned
+
+TITLE = "Plain against residual, a long run"
+DEPTHS = (44, 110)
+METHODS = {"isometric": "plain, near-isometric", "residual": "residual, He + L2"}
+STEPS = {"cpu": 8_000, "full": 64_000}
+SEARCH_STEPS = {"cpu": 600, "full": 4_000}
+STARTS = {"isometric": 0.05, "residual": 0.2}  # of the ladder: best in 600 steps at width 8
+
+
+def jobs(options):
+    """Width 16, rate down to 0 along a cosine, gradients clipped; one seed at 110 layers."""
+    return {
+        f"{method},{depth}": tuned(
+            _config(options, method, depth),
+            _directory(options, method, depth),
+            options.seeds if depth == DEPTHS[0] else options.seeds[:1],
+            rates=LADDER,
+            start=STARTS[method],
+            search_steps=SEARCH_STEPS[options.preset],
+        )
+        for depth in DEPTHS
+        for method in METHODS
+    }
+
+
+def _config(options, method, depth):
+    config = cifar10(depth, method, options.preset, options.data_dir)
+    config.model.width = 16
+    config.steps = STEPS[options.preset]
+    config.schedule = {"name": "cosine", "warmup_steps": 100}
+    clip(config)
+    config.log_every, config.eval_every, config.checkpoint_every = 50, 500, 250
+    return config
+
+
+def _directory(options, method, depth):
+    return options.workdir / f"{method}{depth}"
+
+
+def report(options, results):
+    """Accuracy on training and test images along the run, and at its end."""
+    rows = []
+    depths = [d for d in DEPTHS if any(f"{method},{d}" in results for method in METHODS)]
+    picture = new_picture(0.5 + 4.5 * len(depths), 3.8)
+    panels = picture.subplots(1, len(depths), squeeze=False, sharey=True)[0]
+    for axes, depth in zip(panels, depths, strict=True):
+        for color, (method, label) in zip(COLORS, METHODS.items(), strict=False):
+            records = results.get(f"{method},{depth}")
+            if records is None:
+                continue
+            curves = [_curves(options, method, depth, record) for record in records]
+            _draw(axes, curves, color, label)
+            on_training = [statistics.fmean(train[1][-8:]) for train, _ in curves]
+            rows.append(
+                [
+                    depth,
+                    label,
+                    f"{records[0]['learning_rate']:g}",
+                    accuracy(records),
+                    ", ".join(f"{value:.1f}" for value in on_training),
+                    len(records),
+                ]
+            )
+        axes.set(title=f"{depth} layers", xlabel="training step")
+        clear_frame(axes)
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    panels[0].set_ylabel("accuracy (%)")
+    headings = ["layers", "net", "learning rate", "test accuracy (%)", "on training images", "n"]
+    write_report(
+        options,
+        TITLE,
+        table(headings, rows),
+        f"{STEPS[options.preset]:,} steps of 128 images of CIFAR-10, at "
+        f"{'16×16' if options.preset == 'cpu' else '32×32'}; width 16, horizontal flips only, rate "
+        "down to 0 along a cosine, gradients clipped to a norm of 1, BN statistics of one pass "
+        "over 1,280 training images. Each net has the rate of a ladder, two or three to a factor "
+        f"of ten, with the smallest training loss after {SEARCH_STEPS[options.preset]:,} steps. In "
+        "the picture test images have markers and training images none; in the table the latter "
+        "are the mean of the last 400 steps, each seed.",
+        pictures={"long_run": picture},
+    )
+
+
+def _curves(options, method, depth, record):
+    """`(steps, accuracy in %)` on training images, and on test images."""
+    name = f"lr{record['learning_rate']:g}-steps{record['steps']}-seed{record['seed']}"
+    found = {"train": ([], []), "test": ([], [])}
+    for metrics in read_metrics(_directory(options, method, depth) / name):
+        if metrics["kind"] in found:
+            steps, values = found[metrics["kind"]]
+            steps.append(metrics["step"])
+            values.append(100 * metrics["accuracy"])
+    return found["train"], found["test"]
+
+
+def _draw(axes, curves, color, label):
+    for seed, (train, test) in enumerate(curves):
+        axes.plot(*train, color=color, linewidth=0.6, alpha=0.6)
+        axes.plot(*test, color=color, marker="o", markersize=3, label=None if seed else label)
