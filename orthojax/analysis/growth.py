@@ -1,5 +1,6 @@
 """How fast the error of a net grows on its way down, measured, at any depth."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,11 @@ def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
       >>> log_growth(net, jax.random.key(0), images).shape
       (12,)
     """
-    net = net.clone(modulated=True)
+    return _log_growth(net.clone(modulated=True), key, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_growth(net, key, images):
     variables = net.init(key, images[:1], train=False)
     moments = site_moments(net, variables, jax.random.fold_in(key, 1), images)
     return jnp.log(moments[:-1])  # the topmost error has come from no site

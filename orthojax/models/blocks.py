@@ -29,7 +29,7 @@ class LayerSpec:
       activation: what follows; ReLU is fused into batch normalization.
       bn_bias: initial bias of batch normalization (the mean before the activation).
       bn_scale: its initial scale.
-      last_bn_scale: that of the last of a residual block.
+      zero_last: whether the last of a residual block begins at 0 instead.
       modulated: whether there is a modulation site behind every convolution.
       dtype: compute dtype; parameters, statistics and moments are float32.
       bn_groups: groups of the batch that batch normalization treats apart.
@@ -43,7 +43,7 @@ class LayerSpec:
     activation: Activation = Activation(lambda: jax.nn.relu)
     bn_bias: float = 0.0
     bn_scale: float = 1.0
-    last_bn_scale: float = 1.0
+    zero_last: bool = False
     modulated: bool = False
     dtype: Any = jnp.float32
     bn_groups: int = 1
@@ -67,7 +67,6 @@ class ConvBN(nn.Module):
     stride: int = 1
     window: int = 3
     activate: bool = True
-    scale: float | None = None  # of batch normalization; None is the spec's
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -93,7 +92,6 @@ class ConvBN(nn.Module):
         activation = spec.activation.make() if self.activate else None
         fused = normalized and activation is jax.nn.relu
         if normalized:
-            scale = spec.bn_scale if self.scale is None else self.scale
             x = BatchNorm(
                 use_running_average=not train,
                 relu=fused,
@@ -103,7 +101,7 @@ class ConvBN(nn.Module):
                 epsilon=BN_EPSILON,
                 dtype=spec.dtype,
                 bias_init=nn.initializers.constant(spec.bn_bias),
-                scale_init=nn.initializers.constant(scale),
+                scale_init=nn.initializers.constant(spec.bn_scale),
                 name="bn",
             )(x)
         elif spec.modulated and (site := site_of(self)) is not None:
@@ -148,15 +146,16 @@ class _Block(nn.Module):
     layout: BlockLayout = BASIC
 
     def _layers(self, branch: bool = False) -> list[ConvBN]:
-        last = len(self.layout.layers) - 1
+        last, ending = len(self.layout.layers) - 1, self.spec
+        if branch and self.spec.zero_last:
+            ending = dataclasses.replace(self.spec, bn_scale=0.0)
         return [
             ConvBN(
                 self.features * expansion,
-                self.spec,
+                ending if index == last else self.spec,
                 self.stride if index == 0 else 1,
                 window,
                 activate=index < last or not branch,
-                scale=self.spec.last_bn_scale if branch and index == last else None,
                 name=f"layer_{index}",
             )
             for index, (window, expansion) in enumerate(self.layout.layers)

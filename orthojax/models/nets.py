@@ -187,7 +187,6 @@ class ConvNet(nn.Module):
             activation=ACTIVATIONS[self.activation](self.depth - 1),
             bn_bias=self.bn_bias,
             bn_scale=self.bn_scale,
-            last_bn_scale=self.bn_scale,
             modulated=self.modulated,
             dtype=self.dtype,
             bn_groups=self.bn_groups,
@@ -289,8 +288,7 @@ class ResNet(PlainNet):
     block = ResidualBlock
 
     def _spec(self, first: bool = False) -> LayerSpec:
-        spec = super()._spec(first)
-        return dataclasses.replace(spec, last_bn_scale=0.0) if self.zero_init_residual else spec
+        return dataclasses.replace(super()._spec(first), zero_last=self.zero_init_residual)
 
     @nn.nowrap
     def _check_what_changes_nothing(self):

@@ -17,9 +17,13 @@ IMAGES = jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
 KEY = jax.random.key(2)
 
 
+def initialized(net):
+    return jax.jit(lambda: net.init(jax.random.key(0), IMAGES[:1], train=False))()
+
+
 @pytest.fixture(scope="module")
 def variables():
-    return NET.init(jax.random.key(0), IMAGES[:1], train=False)
+    return initialized(NET)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +141,7 @@ def test_the_variance_of_a_relu_by_quadrature(bias):
 def test_at_a_near_isometric_start_the_bias_term_is_nearly_all():
     """A wide net: what theory leaves out goes with the width."""
     net = PlainNet(depth=8, width=32, kernel_init="delta_orthonormal", bn_bias=1.0)
-    variables = net.init(jax.random.key(0), IMAGES[:1], train=False)
+    variables = initialized(net)
     ledger = growth_ledger(net, variables, KEY, IMAGES)
     for entry, above in itertools.pairwise(ledger):
         np.testing.assert_allclose(entry.bias_term, np.log(error_growth(1.0)), rtol=1e-6)
@@ -154,7 +158,7 @@ def test_growth_that_cancels_further_down_counts():
 
 
 def test_sites_scans_and_their_contents_change_nothing(variables, ledger):
-    sited = NET.clone(modulated=True).init(jax.random.key(0), IMAGES[:1], train=False)
+    sited = initialized(NET.clone(modulated=True))
     again = growth_ledger(NET.clone(modulated=True), sited, KEY, IMAGES)
     assert str(again) == str(ledger)
     assert len(ledger) == NET.depth - 2

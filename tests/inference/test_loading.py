@@ -23,9 +23,9 @@ from orthojax.training.train import train_and_evaluate
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    config = digits_plain110.get_config("depth=8,steps=24")
-    config.model.width = 4
-    config.eval_every = config.checkpoint_every = 8
+    config = digits_plain110.get_config("depth=8,steps=30")
+    config.model.width, config.batch_size = 4, 32
+    config.eval_every = config.checkpoint_every = 10
     config.mesh.data = 1
     config.dataset.data_dir = str(tmp_path_factory.mktemp("tfds"))
     return config
@@ -72,7 +72,7 @@ def test_it_has_no_sites_and_no_optimizer(classifier):
 
 def test_plain_orbax_reads_the_same_parameters(trained, classifier):
     with ocp.StandardCheckpointer() as reader:
-        state = reader.restore((trained[0] / "checkpoints" / "24" / "state").absolute())
+        state = reader.restore((trained[0] / "checkpoints" / "30" / "state").absolute())
     kernels = jax.tree.leaves(
         jax.tree.map(
             lambda ours, theirs: np.array_equal(ours, theirs),
@@ -89,8 +89,8 @@ def test_which_step(trained, config):
     workdir, summary = trained
     assert orthojax.load(workdir).step == summary["best_step"]
     assert orthojax.load(workdir, "latest").step == config.steps
-    assert orthojax.load(workdir, 16).step == orthojax.load(workdir, "16").step == 16
-    with pytest.raises(WorkdirError, match="step 17 .* choose best, latest or one of 8, 16, 24"):
+    assert orthojax.load(workdir, 20).step == orthojax.load(workdir, "20").step == 20
+    with pytest.raises(WorkdirError, match="step 17 .* choose best, latest or one of 10, 20, 30"):
         orthojax.load(workdir, 17)
 
 
@@ -165,10 +165,10 @@ def test_a_run_from_before_says_what_to_do_and_doing_it_helps(copy, config):
 
 
 def test_a_damaged_checkpoint_is_named_with_the_others(copy):
-    next((copy / "checkpoints" / "24" / "state" / "d").iterdir()).write_bytes(b"")
-    with pytest.raises(WorkdirError, match=r"24 is damaged .* choose another of 8, 16, 24"):
+    next((copy / "checkpoints" / "30" / "state" / "d").iterdir()).write_bytes(b"")
+    with pytest.raises(WorkdirError, match=r"30 is damaged .* choose another of 10, 20, 30"):
         orthojax.load(copy, "latest")
-    assert orthojax.load(copy, 16).step == 16
+    assert orthojax.load(copy, 20).step == 20
 
 
 def test_a_checkpoint_of_another_model_is_refused(copy):
@@ -185,7 +185,7 @@ def test_without_evaluation_the_newest_is_the_best(copy):
         checkpoint = copy / "checkpoints" / str(step)
         shutil.rmtree(checkpoint / "metrics")
         write_checksums(checkpoint, ["state", "position"])
-    assert orthojax.load(copy).step == 24
+    assert orthojax.load(copy).step == 30
 
 
 def test_preprocessing_survives_json_to_the_last_bit(digits):

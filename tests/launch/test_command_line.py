@@ -146,8 +146,13 @@ def test_the_compilation_cache_is_never_in_the_current_directory(cache, tmp_path
 def test_no_path_of_a_tilde_is_taken_literally(tmp_path):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir(), here.mkdir()
-    options = ["--config=configs/digits_plain110.py:depth=8,steps=1", "--config.model.width=4"]
-    options += ["--workdir=~/run", "--config.dataset.data_dir=~/data"]
+    options = ["--config=configs/digits_plain110.py:depth=8,steps=30", "--config.model.width=4"]
+    options += [
+        "--config.batch_size=32",
+        "--config.mesh.data=1",
+        "--workdir=~/run",
+        "--config.dataset.data_dir=~/data",
+    ]
     code, _, err = run(*options, "--config.dataset.cache_dir=~/cache", cwd=here, HOME=str(home))
     assert code == 0, err
     assert {"run", "data", "cache"} <= {path.name for path in home.iterdir()}

@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
-SHORT = ("--config.steps=12", "--config.mesh.data=1")
+SHORT = ("--config.steps=30", "--config.mesh.data=1", "--config.batch_size=32")
 TINY = (*SHORT, "--config.model.width=4", "--config.model.depth=8")
 
 
@@ -94,7 +94,7 @@ def test_pictures_in_folders_and_fine_tuning(tmp_path):
     # What the second begins with; on the page it is a net of CIFAR-10, which has as many channels.
     (tmp_path / "runs" / "pets").rename(tmp_path / "runs" / "cifar")
     said = run(second, tmp_path, *small)["train"]
-    assert "begins as step 12 of runs/cifar: the head is kept" in said
+    assert "begins as step 30 of runs/cifar: the head is kept" in said
 
 
 def test_a_net_of_ones_own(tmp_path):

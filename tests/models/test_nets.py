@@ -113,9 +113,8 @@ def test_recomputing_segments_changes_nothing(kind, images):
         for n in (net, net.clone(remat="segments"))
     ]
     assert shapes[0] == shapes[1]
-    inference = [
-        n.apply(variables, images, train=False) for n in (net, net.clone(remat="segments"))
-    ]
+    infer = jax.jit(lambda net: net.apply(variables, images, train=False), static_argnums=0)
+    inference = [infer(n) for n in (net, net.clone(remat="segments"))]
     np.testing.assert_allclose(*inference, rtol=1e-5, atol=1e-5)
 
 
@@ -271,6 +270,7 @@ def test_evaluation_can_be_differentiated_forwards(images):
     net = PlainNet(depth=8, width=4, modulated=True)
     variables = random_variables(net, images)
 
+    @jax.jit
     def logits(images):
         return net.apply(variables, images, train=False)
 

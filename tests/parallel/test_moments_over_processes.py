@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import sys
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
+# One device for each process.
+XLA_FLAGS = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
 
 # Run by every process; with one process it needs no peers. `share`: halves of the batches used.
 SCRIPT = """
@@ -62,7 +65,7 @@ def run(path, *, processes, share=2):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": XLA_FLAGS, "PYTHONPATH": str(ROOT)}
     running = []
     try:
         for process in range(processes):

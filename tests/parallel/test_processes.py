@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Devices are the launcher's to make.
+XLA_FLAGS = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
 SETTINGS = {"batch_size": 32, "log_every": 1, "eval_every": 10, "checkpoint_every": 5}
 
 
@@ -31,7 +34,11 @@ def launch(program, workdir, *overrides, options=(), preempt=None):
     command += [f"--config={ROOT / 'configs' / 'digits_plain110.py'}:depth=8,steps=20"]
     command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
     command += ["--config.model.width=4", f"--workdir={workdir}", *overrides]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "XLA_FLAGS": XLA_FLAGS,
+    }
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

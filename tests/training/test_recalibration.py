@@ -16,27 +16,27 @@ from orthojax.training.train import train_and_evaluate
 
 
 def tiny(**keys):
-    config = digits_plain110.get_config("depth=8,steps=4")
-    config.update({"batch_size": 16, "eval_every": 2, "checkpoint_every": 4, **keys})
+    config = digits_plain110.get_config("depth=8,steps=30")
+    config.update({"batch_size": 32, "eval_every": 15, "checkpoint_every": 30, **keys})
     config.model.width, config.mesh.data = 4, 1
     return config
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_the_images_are_then_evaluated_as_in_training(groups):
-    net = PlainNet(depth=14, width=4, num_classes=10, bn_groups=groups, modulated=True)
+    net = PlainNet(depth=8, width=4, num_classes=10, bn_groups=groups, modulated=True)
     images = jax.random.normal(jax.random.key(0), (32, 8, 8, 1)) * 3 + 1
-    variables = net.init(jax.random.key(1), images, train=False)
+    variables = jax.jit(lambda: net.init(jax.random.key(1), images, train=False))()
     wrong = jax.tree.map(lambda s: s + 7, variables["batch_stats"])
     state = TrainState(0, variables["params"], wrong, ())
     found = jax.jit(make_recalibrate(net, lambda x: x))(state, images)
     chex.assert_trees_all_equal(found.params, state.params)
-    evaluated = net.apply(
-        {"params": found.params, "batch_stats": found.batch_stats}, images, train=False
-    )
-    trained, _ = net.clone(bn_groups=1).apply(
-        variables, images, train=True, mutable=["batch_stats"]
-    )
+    given = {"params": found.params, "batch_stats": found.batch_stats}
+    evaluated = jax.jit(lambda: net.apply(given, images, train=False))()
+    whole = net.clone(bn_groups=1)
+    trained, _ = jax.jit(
+        lambda: whole.apply(variables, images, train=True, mutable=["batch_stats"])
+    )()
     np.testing.assert_allclose(evaluated, trained, rtol=1e-4, atol=1e-4 * np.abs(trained).max())
 
 

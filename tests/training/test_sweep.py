@@ -128,7 +128,7 @@ WORKER = """
 import pathlib, sys
 from orthojax.configs import digits_plain110
 from orthojax.training.sweep import over_seeds, work
-config = digits_plain110.get_config("depth=8,steps=6")
+config = digits_plain110.get_config("depth=8,steps=30")
 config.model.width, config.batch_size, config.mesh.data = 4, 32, 1
 jobs = {i: over_seeds(config, pathlib.Path(sys.argv[1]) / str(i), (0, 1)) for i in range(2)}
 print(sum(len(records) for records in work(jobs).values()))

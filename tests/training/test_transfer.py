@@ -18,9 +18,9 @@ from orthojax.training.transfer import take_over
 
 
 def config_of(**model):
-    config = digits_plain110.get_config("depth=8,steps=40")
-    config.model.width = 4
-    config.eval_every = config.checkpoint_every = 20
+    config = digits_plain110.get_config("depth=8,steps=30")
+    config.model.width, config.batch_size = 4, 32
+    config.eval_every = config.checkpoint_every = 15
     config.mesh.data = 1
     config.model.update(model)
     return config
@@ -83,7 +83,6 @@ def test_another_net_is_refused_by_the_name_of_a_parameter(first):
 
 def test_it_starts_where_the_other_run_was_and_resumes_as_itself(first, tmp_path, capfd):
     config = config_of()
-    config.steps = 20
     config.optimizer.learning_rate = 0.0
     with config.unlocked():
         config.init_from = str(first)
@@ -92,9 +91,9 @@ def test_it_starts_where_the_other_run_was_and_resumes_as_itself(first, tmp_path
     kernel = read_trained(first).variables["params"]["head"]["kernel"]
     again = orthojax.load(tmp_path / "second").variables["params"]["head"]["kernel"]
     np.testing.assert_array_equal(kernel, again)
-    config.steps = 24
+    config.steps = 34
     summary = train_and_evaluate(config, tmp_path / "second")
-    assert summary["resumed_from_step"] == 20
+    assert summary["resumed_from_step"] == 30
     assert "begins as step " not in capfd.readouterr().err
 
 
