@@ -149,7 +149,9 @@ def record(seed=0, accuracy=0.5, diverged=None):
     }
 
 
-@pytest.mark.parametrize("experiment", [table2, gap, ablation, depth, rivals, constraint])
+@pytest.mark.parametrize(
+    "experiment", [table2, gap, ablation, depth, rivals, constraint, hard_cases, modulation]
+)
 def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options):
     names = list(experiment.jobs(options))
     results = {name: [record(0, 0.5), record(1, 0.54)] for name in names}
@@ -193,6 +195,23 @@ def test_figures_are_drawn_from_the_records_of_the_layers(experiment, options, r
     assert expected[experiment] in text
     if experiment is figure5:
         assert ("ResNet-101, He and L2" in text) == (reason is None) and (reason or "") in text
+
+
+def test_a_long_run_is_drawn_and_its_last_steps_averaged(options):
+    results = {}
+    for method in long_run.METHODS:
+        results[f"{method},44"] = [record(seed, 0.5) for seed in options.seeds]
+        for seed in options.seeds:
+            workdir = options.workdir / f"{method}44" / f"lr0.01-steps300-seed{seed}"
+            workdir.mkdir(parents=True)
+            with MetricWriter(workdir) as writer:
+                for step in range(50, 850, 50):  # of the last eight the mean is 0.625
+                    writer.write(step, "train", accuracy=step / 1000, loss=1.0)
+                writer.write(800, "test", accuracy=0.5)
+    long_run.report(options, results)
+    text = (options.workdir / "report.md").read_text()
+    assert text.count("| 50.00 ± 0.00 | 62.5, 62.5 | 2 |") == 2 and "| 110 |" not in text
+    assert (options.workdir / "long_run.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_growth_is_that_of_the_unmodulated_error():
