@@ -41,6 +41,11 @@ def main() -> int:
         default="cpu",
         help="of steps and latency: CPU time of the process, or on an idle machine wall time",
     )
+    parser.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="compare the step with torch.compile's too, which takes minutes to compile",
+    )
     parser.add_argument("--data_dir", help="of the prepared imagenet2012")
     parser.add_argument("--output", type=local_path, default=ROOT / "runs" / "benchmark")
     parser.add_argument(
@@ -61,7 +66,11 @@ def main() -> int:
     except UserError as error:
         parser.error(str(error))
     clock = {"clock": CLOCKS[arguments.clock]}
-    extras = {"step": clock, "latency": clock, "input": {"data_dir": arguments.data_dir}}
+    extras = {
+        "step": {**clock, "torch_compile": arguments.torch_compile},
+        "latency": clock,
+        "input": {"data_dir": arguments.data_dir},
+    }
     found = []
     for part in PARTS:
         if part in arguments.parts or "all" in arguments.parts:

@@ -1,6 +1,7 @@
 """The training step of a plain net: what the method costs, scanning, and PyTorch for comparison."""
 
 import importlib.util
+import itertools
 import statistics
 import sys
 
@@ -15,10 +16,11 @@ from orthojax.training.observe import observe
 
 UNROLLED = "unrolled"
 PYTORCH = "PyTorch"
+COMPILED = "torch.compile"
 
 
-def measure(rounds: int, depth: int, clock):
-    """Measures the training step."""
+def measure(rounds: int, depth: int, clock, torch_compile: bool = False):
+    """Measures the training step, beside PyTorch's, eager and, if wanted, compiled."""
     steps = {name: make_step(programs(name, depth)) for name in VARIANTS}
     steps[OBSERVED] = make_step(programs(OBSERVED, depth), observe=jax.jit(observe))
     steps["regularizer"] = _regularizer(programs(BASELINE, depth))
@@ -27,15 +29,20 @@ def measure(rounds: int, depth: int, clock):
         from benchmarks import torch_plain
 
         layouts = {True: "channels last", False: "channels first"}
-        for channels_last, name in layouts.items():
-            step = torch_plain.make_step(depth, BATCH, channels_last=channels_last)
-            steps[f"{PYTORCH}, {name}"] = step
+        forms = {False: PYTORCH, True: COMPILED} if torch_compile else {False: PYTORCH}
+        for (channels_last, layout), (compiled, name) in itertools.product(
+            layouts.items(), forms.items()
+        ):
+            steps[f"{name}, {layout}"] = torch_plain.make_step(
+                depth, BATCH, channels_last=channels_last, compiled=compiled
+            )
     else:
         print("PyTorch is not installed, so it is not compared with", file=sys.stderr)
     seconds = time_interleaved(steps, rounds, clock)
-    rivals = {name: times for name, times in seconds.items() if name.startswith(PYTORCH)}
-    if rivals:  # its better layout
-        seconds[PYTORCH] = min(rivals.values(), key=statistics.median)
+    for form in (PYTORCH, COMPILED):
+        candidates = [times for name, times in seconds.items() if name.startswith(form)]
+        if candidates:  # the better layout
+            seconds[form] = min(candidates, key=statistics.median)
 
     def relative(name, above, below, **target):
         return ratio(name, seconds[above], seconds[below], **target)
@@ -55,6 +62,8 @@ def measure(rounds: int, depth: int, clock):
         )
         found.append(relative("step time, scanned / PyTorch", BASELINE, PYTORCH, at_most=1.0))
         found.append(relative("step time, unrolled / PyTorch", UNROLLED, PYTORCH))
+    if COMPILED in seconds:
+        found.append(relative(f"step time, scanned / {COMPILED}", BASELINE, COMPILED))
     return found
 
 

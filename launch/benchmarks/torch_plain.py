@@ -8,8 +8,10 @@ from collections.abc import Callable
 from orthojax.parallel.cores import usable_cores
 
 
-def make_step(depth: int, batch: int, *, channels_last: bool) -> Callable[[], float]:
-    """One eager training step of `PlainNet(depth)` on random 32×32 images; returns the loss.
+def make_step(
+    depth: int, batch: int, *, channels_last: bool, compiled: bool = False
+) -> Callable[[], float]:
+    """One training step of `PlainNet(depth)` on random 32×32 images; returns the loss.
 
     Forward, backward, and SGD with momentum 0.9 and weight decay 1e-4 (learning rate 0.1), of the
     mean cross entropy over 10 classes, in float32: the net of `orthojax.models.PlainNet` with 16,
@@ -19,6 +21,7 @@ def make_step(depth: int, batch: int, *, channels_last: bool) -> Callable[[], fl
       depth: 6n + 2 layers.
       batch: images in a batch.
       channels_last: NHWC in memory, or else NCHW. Which is faster depends on the processor.
+      compiled: the net by `torch.compile`, at the first call, which takes minutes; else eager.
     """
     import torch
     from torch import nn
@@ -41,12 +44,13 @@ def make_step(depth: int, batch: int, *, channels_last: bool) -> Callable[[], fl
     net = net.to(memory_format=memory_format)
     images = torch.randn(batch, 3, 32, 32).contiguous(memory_format=memory_format)
     labels = torch.arange(batch) % 10
+    forward = torch.compile(net) if compiled else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     cross_entropy = nn.CrossEntropyLoss()
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = cross_entropy(net(images), labels)
+        loss = cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
         return loss.item()
