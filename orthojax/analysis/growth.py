@@ -1,6 +1,5 @@
 """How fast the error of a net grows on its way down, measured, at any depth."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,14 +32,15 @@ def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
       >>> log_growth(net, jax.random.key(0), images).shape
       (12,)
     """
-    return _log_growth(net.clone(modulated=True), key, images)
+    net = net.clone(modulated=True)
 
+    @jax.jit  # one program; the net is no argument, since its numbers may be traced
+    def measure(key, images):
+        variables = net.init(key, images[:1], train=False)
+        moments = site_moments(net, variables, jax.random.fold_in(key, 1), images)
+        return jnp.log(moments[:-1])  # the topmost error has come from no site
 
-@functools.partial(jax.jit, static_argnums=0)
-def _log_growth(net, key, images):
-    variables = net.init(key, images[:1], train=False)
-    moments = site_moments(net, variables, jax.random.fold_in(key, 1), images)
-    return jnp.log(moments[:-1])  # the topmost error has come from no site
+    return measure(key, images)
 
 
 def site_moments(
