@@ -6,7 +6,7 @@ from experiments.arms import LADDER, cifar10, clip
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
-from orthojax.training.sweep import tuned
+from orthojax.training.sweep import run_name, tuned
 
 TITLE = "Plain against residual, a long run"
 DEPTHS = (44, 110)
@@ -92,7 +92,7 @@ def report(options, results):
 
 def _curves(options, method, depth, record):
     """`(steps, accuracy in %)` on training images, and on test images."""
-    name = f"lr{record['learning_rate']:g}-steps{record['steps']}-seed{record['seed']}"
+    name = run_name(record["learning_rate"], record["steps"], record["seed"])
     found = {"train": ([], []), "test": ([], [])}
     for metrics in read_metrics(_directory(options, method, depth) / name):
         if metrics["kind"] in found:

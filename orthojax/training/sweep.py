@@ -222,5 +222,14 @@ def tuned(
 def _run(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:
     config = copy.deepcopy(config)
     config.seed = seed
-    name = f"lr{config.optimizer.learning_rate:g}-steps{config.steps}-seed{seed}"
-    return Run(directory / name, config)
+    return Run(directory / run_name(config.optimizer.learning_rate, config.steps, seed), config)
+
+
+def run_name(learning_rate: float, steps: int, seed: int) -> str:
+    """Of the directory of a run, within that of its arm.
+
+    Example:
+      >>> run_name(0.05, 600, seed=1)
+      'lr0.05-steps600-seed1'
+    """
+    return f"lr{learning_rate:g}-steps{steps}-seed{seed}"
