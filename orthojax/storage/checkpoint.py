@@ -137,7 +137,7 @@ class Checkpointer:
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)
+                        state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
                     ),
                     metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
                     force=True,
@@ -226,9 +226,13 @@ class Checkpointer:
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
         ).position
         _check_layout(self._directory / str(step), position["layout"], _layout(abstract_state))
-        state = self._manager.restore(
-            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        ).state
+        # The leaves are those asked for; an optional part that is None may have no entry on disk.
+        wanted = ocp.args.PyTreeRestore(
+            abstract_state,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+            partial_restore=True,
+        )
+        state = self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state
         return Restored(step, state, position["data_state"])
 
     def _set_aside(self, step: int, reason: str, restored_step: int) -> None:

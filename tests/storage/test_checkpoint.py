@@ -257,6 +257,14 @@ def test_another_dtype_is_another_model(tmp_path):
             checkpointer.restore_latest({"a": jax.ShapeDtypeStruct((2,), jnp.bfloat16)})
 
 
+def test_a_checkpoint_from_before_an_optional_part_was_added_is_restored(tmp_path):
+    kernel = jnp.arange(6.0)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"kernel": kernel}, {}, wait=True)
+        for state in ({"kernel": kernel}, {"kernel": kernel, "loss_scale": None}):
+            assert_same_bits(checkpointer.restore_latest(abstract(state)).state, state)
+
+
 SAVE_FOR_EVER = textwrap.dedent("""
     import itertools, sys
     import jax.numpy as jnp
