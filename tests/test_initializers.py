@@ -24,8 +24,8 @@ def singular_values(matrix):
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (6, 6), (3, 3, 4, 8)])
-@pytest.mark.parametrize("gain", [1.4])
-def test_tall_kernels_have_orthonormal_columns(shape, gain):
+def test_tall_kernels_have_orthonormal_columns(shape):
+    gain = 1.4
     kernel = draw(orthonormal(gain=gain), 1, shape)
     assert kernel.shape == shape and kernel.dtype == jnp.float32
     np.testing.assert_allclose(singular_values(kernel.reshape(-1, shape[-1])), gain, rtol=1e-6)
@@ -58,8 +58,8 @@ def test_large():
 
 
 @pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16])
-def test_low_precision_is_the_rounding_of_an_orthonormal_kernel(make, dtype):
+def test_low_precision_is_the_rounding_of_an_orthonormal_kernel(make):
+    dtype = jnp.bfloat16
     exact = draw(make(), 5, (3, 3, 16, 16))
     kernel = draw(make(), 5, (3, 3, 16, 16), dtype)
     assert kernel.dtype == dtype
@@ -80,7 +80,8 @@ def test_float64(make):
 @pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
 def test_seeds_are_independent_and_keys_reproduce(make):
     shape, count = (1, 1, 8, 8), 400
-    kernels = jax.vmap(lambda key: make()(key, shape))(jax.random.split(jax.random.key(7), count))
+    draw_all = jax.jit(jax.vmap(lambda key: make()(key, shape)))
+    kernels = draw_all(jax.random.split(jax.random.key(7), count))
     matrices = np.asarray(kernels, np.float64).reshape(count, 8, 8)
     # Haar: every entry has mean 0 and mean square 1/8, the mean trace of Q_iᵀ Q_j is 0 with
     # variance 1. Without the sign fix the diagonal would have a negative mean.
@@ -108,34 +109,7 @@ def test_delta_kernels_are_semi_orthogonal_at_every_frequency(channels, window):
     np.testing.assert_allclose(values, 1.5, rtol=1e-6)
 
 
-def test_repeated_gram_schmidt_kernels_are_no_isometry_of_the_convolution():
-    kernel = np.asarray(draw(orthonormal(), 10, (3, 3, 8, 8)))
-    values = np.linalg.svd(transfer_matrices(kernel, 7), compute_uv=False)
-    assert values.max() / values.min() > 3
-
-
-@pytest.mark.parametrize("channels", [(4, 4), (4, 9), (9, 4)])
-def test_norms_through_the_layer(channels):
-    """Expanding layers keep the norm of signals, contracting ones that of cotangents."""
-    layer = nn.Conv(
-        channels[1],
-        (3, 3),
-        padding="CIRCULAR",
-        use_bias=False,
-        kernel_init=delta_orthonormal(feature_groups=1),
-    )
-    images = jax.random.normal(jax.random.key(11), (2, 6, 6, channels[0]))
-    params = layer.init(jax.random.key(12), images)
-    outputs, pull_back = jax.vjp(lambda x: layer.apply(params, x), images)
-    cotangents = jax.random.normal(jax.random.key(13), outputs.shape)
-    (below,) = pull_back(cotangents)
-    if channels[0] <= channels[1]:
-        np.testing.assert_allclose(jnp.linalg.norm(outputs), jnp.linalg.norm(images), rtol=1e-5)
-    if channels[0] >= channels[1]:
-        np.testing.assert_allclose(jnp.linalg.norm(below), jnp.linalg.norm(cotangents), rtol=1e-5)
-
-
-@pytest.mark.parametrize("channels", [(4, 4), (4, 9), (9, 4)])
+@pytest.mark.parametrize("channels", [(4, 9), (9, 4)])
 def test_strided_layers_keep_the_norm_of_what_they_read(channels):
     kernel = draw(delta_orthonormal(feature_groups=1), 14, (3, 3, *channels))
     images = jax.random.normal(jax.random.key(15), (2, 8, 8, channels[0]))
@@ -145,22 +119,13 @@ def test_strided_layers_keep_the_norm_of_what_they_read(channels):
             x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
 
-    outputs, pull_back = jax.vjp(layer, images)
-    read = images[:, 1::2, 1::2]
+    outputs = layer(images)
+    read = np.asarray(images)[:, 1::2, 1::2]
     if channels[0] <= channels[1]:
-        np.testing.assert_allclose(jnp.linalg.norm(outputs), jnp.linalg.norm(read), rtol=1e-5)
+        np.testing.assert_allclose(np.linalg.norm(outputs), np.linalg.norm(read), rtol=1e-5)
     if channels[0] >= channels[1]:
-        (below,) = pull_back(outputs)
-        np.testing.assert_allclose(jnp.linalg.norm(below), jnp.linalg.norm(outputs), rtol=1e-5)
-
-
-def test_what_is_orthonormal_in_an_expanding_delta_kernel():
-    kernel = np.asarray(draw(delta_orthonormal(feature_groups=1), 16, (3, 3, 4, 10))).reshape(
-        36, 10
-    )
-    values = singular_values(kernel.T @ kernel)
-    np.testing.assert_allclose(values[:4], 1, rtol=1e-6)
-    np.testing.assert_allclose(values[4:], 0, atol=1e-6)
+        (below,) = jax.jit(lambda x, cotangent: jax.vjp(layer, x)[1](cotangent))(images, outputs)
+        np.testing.assert_allclose(np.linalg.norm(below), np.linalg.norm(outputs), rtol=1e-5)
 
 
 @pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
@@ -170,18 +135,13 @@ def test_in_flax_layers(make):
         (nn.DenseGeneral((2, 3), kernel_init=make()), jnp.ones((2, 8))),
         (nn.Conv(6, (3, 3), kernel_init=make(), param_dtype=jnp.bfloat16), jnp.ones((1, 4, 4, 6))),
     ]:
-        kernel = layer.init(jax.random.key(17), x)["params"]["kernel"]
-        matrix = kernel.astype(jnp.float32).reshape(kernel.shape[0] if x.ndim == 2 else 54, -1)
+        kernel = np.asarray(jax.jit(layer.init)(jax.random.key(17), x)["params"]["kernel"], "f8")
+        matrix = kernel.reshape(kernel.shape[0] if x.ndim == 2 else 54, -1)
         np.testing.assert_allclose(singular_values(matrix), 1, atol=2e-2)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 8])
-@pytest.mark.parametrize("outputs", [4, 8, 16])
+@pytest.mark.parametrize(("groups", "outputs"), [(1, 16), (2, 4), (8, 16)])
 def test_delta_kernels_of_grouped_convolutions_are_isometries(groups, outputs):
-    if outputs % groups:
-        with pytest.raises(ConfigError, match="4 outputs.*feature_groups=8"):
-            delta_orthonormal(feature_groups=groups)(jax.random.key(0), (3, 3, 1, outputs))
-        return
     layer = nn.Conv(
         outputs,
         (3, 3),
@@ -190,10 +150,14 @@ def test_delta_kernels_of_grouped_convolutions_are_isometries(groups, outputs):
         padding="CIRCULAR",
         kernel_init=delta_orthonormal(1.5, groups),
     )
-    images = jax.random.normal(jax.random.key(1), (1, 3, 3, 8))
-    params = layer.init(jax.random.key(0), images)
-    jacobian = jax.jacobian(lambda x: layer.apply(params, x))(images)
-    np.testing.assert_allclose(singular_values(jacobian.reshape(9 * outputs, 72)), 1.5, rtol=1e-5)
+    units = np.eye(72, dtype=np.float32).reshape(72, 3, 3, 8)
+    operator, _ = jax.jit(lambda x: layer.init_with_output(jax.random.key(0), x))(units)
+    np.testing.assert_allclose(singular_values(operator.reshape(72, -1)), 1.5, rtol=1e-5)
+
+
+def test_groups_that_do_not_divide_the_outputs_are_named():
+    with pytest.raises(ConfigError, match="4 outputs.*feature_groups=8"):
+        delta_orthonormal(feature_groups=8)(jax.random.key(0), (3, 3, 1, 4))
 
 
 @pytest.mark.parametrize(
@@ -219,9 +183,9 @@ def test_an_expanding_delta_kernel_that_may_be_a_grouped_one_warns():
 
 
 @pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
-@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3, 0, 4), (3, 3, 0, 8), (0, 3, 4, 8)])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3, 3, 0, 8)])
 def test_kernels_without_elements(make, shape):
-    kernel = make(feature_groups=2 if shape[-1] else 1)(jax.random.key(0), shape, jnp.bfloat16)
+    kernel = draw(make(feature_groups=2 if shape[-1] else 1), 0, shape, jnp.bfloat16)
     assert kernel.shape == shape and kernel.dtype == jnp.bfloat16
 
 

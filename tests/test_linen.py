@@ -1,6 +1,6 @@
 """`orthojax.linen.Modulated` around models that know nothing of it, in Flax's own train state."""
 
-from typing import Any
+import functools
 
 import chex
 import jax
@@ -60,6 +60,15 @@ def loss_of(net, params, x):
     return jnp.mean(jnp.square(net.apply({"params": params}, x) - 1))
 
 
+def init(net, x):
+    return jax.jit(net.init)(jax.random.key(0), x)["params"]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(net, params, x):
+    return jax.grad(lambda params: loss_of(net, params, x))(params)
+
+
 def without_sites(params):
     """The tree that the bare model has."""
     if not isinstance(params, dict):
@@ -73,7 +82,7 @@ def test_three_lines_train_a_deep_net_that_is_not_edited():
     tx = orthojax.modulation(
         optax.chain(orthojax.optax_ortho(1e-4), optax.sgd(0.03, momentum=0.9)), tolerance=1.0
     )
-    params = net.init(jax.random.key(0), x)["params"]
+    params = init(net, x)
     state = TrainState.create(apply_fn=net.apply, params=params, tx=tx)
 
     @jax.jit
@@ -93,10 +102,9 @@ def test_three_lines_train_a_deep_net_that_is_not_edited():
     assert measured.moments[f"blocks/Dense_0/{SITE}"].shape == (DEPTH,)
 
     # Of the last step: the gradient is the true one times the scales of the sites above.
-    params = state.params
-    true = jax.grad(lambda p: loss_of(Deep(), p, x))(without_sites(params))
-    grads = train_step(state)[2]
-    scales = find_state(train_step(state)[0].opt_state).scales[f"blocks/Dense_0/{SITE}"]
+    true = gradients(Deep(), without_sites(state.params), x)
+    after, _, grads = train_step(state)
+    scales = find_state(after.opt_state).scales[f"blocks/Dense_0/{SITE}"]
     product = np.cumprod(np.asarray(scales, np.float64)[::-1])[::-1]
     kernels = grads["blocks"]["Dense_0"]["kernel"]
     expected = np.asarray(true["blocks"]["Dense_0"]["kernel"]) * product[:, None, None]
@@ -107,41 +115,37 @@ def test_three_lines_train_a_deep_net_that_is_not_edited():
 
 def test_parameters_are_those_of_the_model_and_its_checkpoints_fit():
     x, net = batch(), Deep(depth=4)
-    bare = net.init(jax.random.key(0), x)["params"]
-    wrapped = Modulated(net).init(jax.random.key(0), x)["params"]
+    bare, wrapped = init(net, x), init(Modulated(net), x)
     jax.tree.map(np.testing.assert_array_equal, without_sites(wrapped), bare)
     sizes = [jax.tree.map(jnp.size, t) for t in (weights_only(wrapped), bare)]
     assert sum(jax.tree.leaves(sizes[0])) == sum(jax.tree.leaves(sizes[1]))
     # Parameters without sites are the bare model, forward and backward.
+    expected = jax.jit(net.apply)({"params": bare}, x)
     for params in (bare, wrapped):
-        np.testing.assert_array_equal(
-            Modulated(net).apply({"params": params}, x), net.apply({"params": bare}, x)
-        )
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        jax.grad(lambda p: loss_of(Modulated(net), p, x))(bare),
-        jax.grad(lambda p: loss_of(net, p, x))(bare),
-    )
+        found = jax.jit(Modulated(net).apply)({"params": params}, x)
+        np.testing.assert_array_equal(found, expected)
+    backward = [gradients(model, bare, x) for model in (Modulated(net), net)]
+    jax.tree.map(np.testing.assert_array_equal, *backward)
 
 
 def test_scanned_and_unrolled_measure_the_same():
-    x, depth = batch(), 6
+    x, depth = batch(), 3
     unrolled = Modulated(Deep(depth, scan=False))
-    params = unrolled.init(jax.random.key(0), x)["params"]
+    params = init(unrolled, x)
     blocks = [params[f"block_{index}"] for index in range(depth)]
     positions = [block["Dense_0"][SITE][2] for block in blocks]
     np.testing.assert_array_equal(positions, np.arange(1, depth + 1))  # the stem is 0
     stacked = {name: params[name] for name in ("stem", "head")}
-    stacked["blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+    stacked["blocks"] = jax.tree.map(lambda *leaves: np.stack(leaves), *blocks)
 
     def bounded(params):
         def bound(path, leaf):
-            return leaf.at[..., :2].set(1e-3) if path[-1].key == SITE else leaf
+            return jnp.asarray(leaf).at[..., :2].set(1e-3) if path[-1].key == SITE else leaf
 
         return jax.tree_util.tree_map_with_path(bound, params)
 
-    one = jax.grad(lambda p: loss_of(unrolled, p, x))(bounded(params))
-    many = jax.grad(lambda p: loss_of(Modulated(Deep(depth)), p, x))(bounded(stacked))
+    one = gradients(unrolled, bounded(params), x)
+    many = gradients(Modulated(Deep(depth)), bounded(stacked), x)
     for index in range(depth):
         for name, leaf in one[f"block_{index}"]["Dense_0"].items():
             np.testing.assert_allclose(
@@ -164,9 +168,11 @@ class Other(nn.Module):
         return {"a": nn.Dense(3, name="a")(flat), "b": nn.log_softmax(nn.Dense(5, name="b")(flat))}
 
 
+@functools.cache
 def other():
     x = jax.random.normal(jax.random.key(2), (2, 4, 4, 3))
-    return Modulated(Other()), x, Modulated(Other()).init(jax.random.key(0), x, train=False)
+    net = Modulated(Other())
+    return net, x, jax.jit(functools.partial(net.init, train=False))(jax.random.key(0), x)
 
 
 def test_positions_follow_the_calls_and_outputs_are_marked():
@@ -192,7 +198,7 @@ def test_branches_shared_layers_and_collections():
         )
         return sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(outputs)), updated
 
-    grads, updated = jax.grad(loss, has_aux=True)(variables["params"])
+    grads, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert "batch_stats" in updated
     weights = {name: float(layer[SITE][1]) for name, layer in grads.items() if SITE in layer}
     assert weights == {"Conv_0": 1, "shared": 2, "ConvTranspose_0": 1, "a": 1, "b": 1}
@@ -202,11 +208,11 @@ def test_where_chooses_by_module_and_path():
     def where(module, path):
         return isinstance(module, nn.Dense) and path[0] == "block_1"
 
-    params = Modulated(Deep(3, scan=False), where).init(jax.random.key(0), batch())["params"]
+    params = init(Modulated(Deep(3, scan=False), where), batch())
     assert [name for name in params if SITE in str(jax.tree.structure(params[name]))] == ["block_1"]
     whole = Modulated(Deep(3, scan=False), where=lambda module, path: isinstance(module, Block))
     with pytest.raises(TypeError, match="chose block_0, a Block, .* returns a tuple"):
-        whole.init(jax.random.key(0), batch())
+        init(whole, batch())
 
 
 def test_members_of_a_flax_ensemble_have_sites_of_their_own():
@@ -214,19 +220,18 @@ def test_members_of_a_flax_ensemble_have_sites_of_their_own():
         Deep, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=2
     )
     net, x = Modulated(ensemble(depth=2)), batch()
-    params = net.init(jax.random.key(0), x)["params"]
+    params = init(net, x)
     assert params["blocks"]["Dense_0"][SITE].shape == (2, 2, 3)
-    grads = jax.grad(lambda p: loss_of(net, p, x))(params)
+    grads = gradients(net, params, x)
+    alone = jax.jit(jax.grad(lambda params: loss_of(Modulated(Deep(2)), params, x) / 2))
     for member in range(2):
-        own = jax.tree.map(lambda leaf, m=member: leaf[m], params)
-        alone = jax.grad(lambda p: loss_of(Modulated(Deep(2)), p, x) / 2)(own)
-        found = jax.tree.map(lambda leaf, m=member: leaf[m], grads)
-        chex.assert_trees_all_close(found, alone, rtol=1e-4, atol=1e-7)
+        own, found = (jax.tree.map(lambda leaf, m=member: leaf[m], t) for t in (params, grads))
+        chex.assert_trees_all_close(found, alone(own), rtol=1e-4, atol=1e-7)
 
 
 def test_evaluation_without_sites_and_jvp():
     """Inference needs parameters alone, and forward mode goes through the bare net."""
     net, x = Modulated(Deep(2)), batch()
-    bare: Any = {"params": without_sites(net.init(jax.random.key(0), x)["params"])}
-    y, tangent = jax.jvp(lambda x: net.apply(bare, x), (x,), (x,))
+    bare = {"params": without_sites(init(net, x))}
+    y, tangent = jax.eval_shape(lambda x: jax.jvp(lambda x: net.apply(bare, x), (x,), (x,)), x)
     assert y.shape == tangent.shape == (BATCH, 3)

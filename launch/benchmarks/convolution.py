@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.programs import BATCH
+from benchmarks.programs import BATCH, call_repeatedly
 from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.models.convolution import conv_general_dilated
@@ -59,11 +59,8 @@ def _steps(convolve, size, channels, features, stride):
         "kernel gradient": lambda x, kernel: jax.vjp(lambda k: run(x, k), kernel)[1](error)[0],
     }
     return {
-        kind: functools.partial(_call, jax.jit(function).lower(x, kernel).compile(), x, kernel)
+        kind: functools.partial(
+            call_repeatedly, CALLS, jax.jit(function).lower(x, kernel).compile(), x, kernel
+        )
         for kind, function in functions.items()
     }
-
-
-def _call(compiled, x, kernel):
-    for _ in range(CALLS):
-        jax.block_until_ready(compiled(x, kernel))

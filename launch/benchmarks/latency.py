@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 
+from benchmarks.programs import call_repeatedly
 from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
 from orthojax.inference.folding import FoldedNet, fold_batch_norm
@@ -51,10 +52,5 @@ def _steps(kind, layers):
         for batch, calls in BATCHES.items():
             images = np.zeros((batch, 32, 32, 3), np.float32)
             compiled = apply.lower(images).compile()
-            found[batch, folded] = functools.partial(_call, compiled, images, calls)
+            found[batch, folded] = functools.partial(call_repeatedly, calls, compiled, images)
     return found
-
-
-def _call(apply, images, calls):
-    for _ in range(calls):
-        jax.block_until_ready(apply(images))

@@ -83,6 +83,12 @@ def make_step(compiled, next_batch=None, observe=None):
     return step
 
 
+def call_repeatedly(times, function, *arguments):
+    """Calls what is too short to be timed alone, and waits each time for the result."""
+    for _ in range(times):
+        jax.block_until_ready(function(*arguments))
+
+
 def peak_memory(compiled) -> int:
     """Bytes of a compiled program's arguments, results and temporary buffers; aliases once."""
     sizes = compiled.memory_analysis()

@@ -5,6 +5,8 @@ from orthojax.configs import cifar10_plain, cifar10_resnet, digits_plain110, ima
 # Learning rates to choose from, two or three to a factor of ten.
 LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
+MODULATED = {"decay": 0.9, "tolerance": 10.0}  # arguments of `orthojax.modulation`
+
 
 def digits(depth, method, steps=300):
     """A net of width 8 on the digits.

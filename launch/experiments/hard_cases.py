@@ -1,13 +1,12 @@
 """Where modulation may be worth having: kernels of the wrong size, and numbers of 16 bits."""
 
-from experiments.arms import LADDER, clip, digits
+from experiments.arms import LADDER, MODULATED, clip, digits
 from experiments.report import CELLS, cells, table, write_report
 from experiments.rivals import PAPER
 from orthojax.training.sweep import over_seeds, tuned
 
 TITLE = "Hard cases: with modulation, without it, and by other means"
 STEPS = 600
-MODULATED = {"decay": 0.9, "tolerance": 10.0}
 KERNELS = {1.0: "Flax's default, 1 / fan-in", 2.0: "He's, 2 / fan-in"}
 # Name -> (optimizer, its rate to begin the search with, modulation).
 MEANS = {

@@ -27,10 +27,10 @@ def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
       the growth from the last convolution to the first.
 
     Example:
-      >>> net = PlainNet(depth=14, width=4, kernel_init="delta_orthonormal")
-      >>> images = jax.random.normal(jax.random.key(1), (8, 8, 8, 1))
+      >>> net = PlainNet(depth=8, width=2, kernel_init="delta_orthonormal")
+      >>> images = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
       >>> log_growth(net, jax.random.key(0), images).shape
-      (12,)
+      (6,)
     """
     net = net.clone(modulated=True)
 

@@ -24,8 +24,9 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
     Example:
       >>> import tempfile, numpy as np, orthojax
       >>> from orthojax.configs.digits_plain110 import get_config
-      >>> workdir = tempfile.mkdtemp()
-      >>> summary = orthojax.train_and_evaluate(get_config("depth=8,steps=2"), workdir)
+      >>> config, workdir = get_config("depth=8,steps=4"), tempfile.mkdtemp()
+      >>> config.mesh.data = 1
+      >>> summary = orthojax.train_and_evaluate(config, workdir)
       >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """

@@ -97,11 +97,13 @@ def load(library: pathlib.Path) -> dict[str, str]:
 
 
 def _compiler() -> list[str]:
-    """The command of the C++ compiler: `$CXX`, or the first that is there."""
+    """The command of the C++ compiler: `$CXX` where that is set, or the first that is there."""
     given = shlex.split(os.environ.get("CXX", ""))
-    for command in (given, ["c++"], ["g++"], ["clang++"]):
-        if command and (path := shutil.which(command[0])):
+    for command in [given] if given else (["c++"], ["g++"], ["clang++"]):
+        if path := shutil.which(command[0]):
             return [path, *command[1:]]
+    if given:
+        raise _Unavailable(f"there is no {given[0]}, which $CXX names")
     raise _Unavailable("there is no C++ compiler ($CXX, c++, g++, clang++)")
 
 

@@ -93,7 +93,8 @@ class Settings:
         for key in ("observe_every", "recalibrate_bn"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 0")
-        if self.dtype == "float16" and self.loss_scale is None and self.modulation is None:
+        alone = self.loss_scale is None and self.modulation is None
+        if alone and _dtype(self.dtype) == np.float16:
             raise ConfigError(
                 "`dtype` is float16, whose gradients may underflow; set `loss_scale` to {} for a "
                 "dynamic one, or `modulation`, or take bfloat16, which needs neither"

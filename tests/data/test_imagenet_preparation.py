@@ -6,21 +6,15 @@
 
 import collections
 import importlib.util
-import itertools
-import json
 import os
 import pathlib
 import tarfile
 
-import jax
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from flax import linen as nn
 
 from orthojax.data import load, source
-from orthojax.training.state import TrainState
-from orthojax.training.step import make_eval_step
 from tests.data.prepare_data import prepare_data
 
 ARCHIVES = os.environ.get("ORTHOJAX_IMAGENET_MANUAL_DIR")
@@ -75,14 +69,6 @@ def examples(name, data_dir, split):
     return [(e["file_name"].decode(), int(e["label"])) for e in found]
 
 
-def take(dataset, batch_size, count, state=None):
-    batches = dataset.train_batches(batch_size, seed=5)
-    if state is not None:
-        batches.set_state(state)
-    found = list(itertools.islice(batches, count))
-    return found, batches.get_state()
-
-
 @pytest.fixture(scope="module")
 def validation(data_dir):
     """The batches of 32 of one pass."""
@@ -118,53 +104,6 @@ def test_evaluation_sees_every_image_exactly_once(data_dir, validation, archived
     times = collections.Counter(image.tobytes() for image in images[: len(expected)]).values()
     archived_times = collections.Counter(archived["validation"].values()).values()
     assert sorted(times) == sorted(archived_times)
-
-
-class LinearNet(nn.Module):
-    """Linear in the means of 8x8 squares."""
-
-    @nn.compact
-    def __call__(self, images, train):
-        means = nn.avg_pool(images, (28, 28), (28, 28))
-        return nn.Dense(1000)(means.reshape(len(images), -1))
-
-
-def test_top1_and_top5_are_those_of_the_whole_split(data_dir, validation):
-    """Of a linear net that knows every fourth image, and every other among its first five."""
-    dataset = load("imagenet2012", data_dir)
-    images, labels, mask = (
-        np.concatenate([batch[key] for batch in validation]) for key in ("image", "label", "mask")
-    )
-    images, labels = images[mask > 0], labels[mask > 0]
-    pixels = np.asarray(dataset.normalize(images), np.float64)
-    means = pixels.reshape(-1, 8, 28, 8, 28, 3).mean((2, 4)).reshape(len(images), -1)
-    targets = np.eye(1000)[labels[::2]]
-    targets[::2, :4] += 2  # half of what it is taught comes after four other classes
-    kernel = np.linalg.lstsq(means[::2], targets)[0]
-    ranking = np.argsort(-means @ kernel, axis=1)
-    expected = {
-        "correct": (ranking[:, 0] == labels).sum(),
-        "correct_top5": (ranking[:, :5] == labels[:, None]).any(1).sum(),
-        "count": len(labels),
-    }
-    assert 20 < expected["correct"] < expected["correct_top5"] - 20 < len(labels) - 20
-
-    params = {"Dense_0": {"kernel": kernel.astype(np.float32), "bias": np.zeros(1000, np.float32)}}
-    state = TrainState(step=0, params=params, batch_stats={}, moments={}, opt_state=())
-    step = jax.jit(make_eval_step(LinearNet(), dataset.normalize))
-    sums = [step(state, batch) for batch in validation]
-    assert {name: sum(float(s[name]) for s in sums) for name in expected} == expected
-
-
-@pytest.mark.parametrize("name", ["imagenet2012", "imagenet2012_256"])
-def test_a_resumed_stream_goes_on_with_the_same_batch(name, data_dir):
-    dataset = load(name, data_dir, workers=0)
-    undisturbed, _ = take(dataset, 24, 4)
-    _, state = take(dataset, 24, 3)
-    [resumed], _ = take(load(name, data_dir, workers=0), 24, 1, json.loads(json.dumps(state)))
-    for key, value in undisturbed[3].items():
-        np.testing.assert_array_equal(resumed[key], value)
-    assert (undisturbed[2]["image"] != resumed["image"]).any()
 
 
 def test_the_squares_agree_with_the_photographs(data_dir, validation, archived):

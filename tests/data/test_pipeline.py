@@ -51,20 +51,17 @@ def test_permutation_is_uniform():
 @pytest.mark.parametrize("size, batch_size", [(10, 3), (10, 10), (10, 5), (7, 6), (5, 1)])
 def test_the_stream_is_the_epochs_one_after_another(size, batch_size):
     batches = TrainIterator(numbered(size), batch_size, seed=3)
-    stream = np.concatenate([next(batches)["label"] for _ in range(4 * size)])
+    found = [next(batches) for _ in range(4 * size)]
+    for batch in found:
+        assert batch["image"].shape == (batch_size, 2, 3, 1) and batch["image"].dtype == np.uint8
+        np.testing.assert_array_equal(batch["image"][:, 1, 2, 0], batch["label"])
+    stream = np.concatenate([batch["label"] for batch in found])
+    assert stream.dtype == np.int32
     expected = np.concatenate([epoch_permutation(3, e, size) for e in range(4 * batch_size)])
     np.testing.assert_array_equal(stream, expected)
 
 
-def test_a_batch_is_of_the_right_images():
-    split = numbered(10)
-    batch = next(TrainIterator(split, 4, seed=0))
-    assert batch["image"].shape == (4, 2, 3, 1) and batch["image"].dtype == np.uint8
-    assert batch["label"].shape == (4,) and batch["label"].dtype == np.int32
-    np.testing.assert_array_equal(batch["image"], split.images[batch["label"]])
-
-
-@pytest.mark.parametrize("stop", range(9))
+@pytest.mark.parametrize("stop", [0, 1, 2, 5, 8])
 def test_resuming_is_exact(stop):
     undisturbed = TrainIterator(numbered(10), 4, seed=5)
     batches = [next(undisturbed) for _ in range(12)]
@@ -80,15 +77,6 @@ def test_resuming_is_exact(stop):
     resumed.set_state(state)
     for expected in batches[stop:]:
         assert_same_batch(next(resumed), expected)
-
-
-def test_going_back_is_exact():
-    batches = TrainIterator(numbered(10), 4, seed=5)
-    start = batches.get_state()
-    first = [next(batches) for _ in range(6)]
-    batches.set_state(start)
-    for expected in first:
-        assert_same_batch(next(batches), expected)
 
 
 def test_another_batch_size_goes_on_in_the_same_stream():

@@ -155,7 +155,8 @@ def test_metadata_are_the_originals(squares):
 def test_workers_change_nothing(squares, data_dir):
     """From the command line, where nothing knows the original's code."""
     options = (f"--resize={SIZE}", "--workers=2", f"--data_dir={data_dir}")
-    prepare_data(NAME, *options, timeout=120)
+    done = prepare_data(NAME, *options, timeout=120)
+    assert done.stdout.endswith(f"\n{NAME} is prepared in {data_dir / SQUARES / '2.1.0'}\n")
     for split in COUNTS:
         assert examples(SQUARES, data_dir, split) == examples(SQUARES, squares, split)
         assert names(SQUARES, data_dir, split) == names(SQUARES, squares, split)

@@ -71,12 +71,12 @@ def records(tmp_path_factory):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 300), (2, 300), (300, 1)])
-@pytest.mark.parametrize("left, top", [(0, 0), (0, 200), (200, 0), (200, 200)])
-def test_photographs_of_a_pixel_or_two(shape, left, top):
-    out = np.zeros((56, 56, 3), np.uint8)
-    image = np.full((*shape, 3), 7, np.uint8)
-    jpeg.crop_into(out, encode(image, "PNG"), 256, left, top)
-    assert (out == 7).all()
+def test_photographs_of_a_pixel_or_two(shape):
+    encoded = encode(np.full((*shape, 3), 7, np.uint8), "PNG")
+    for left, top in itertools.product((0, 200), repeat=2):
+        out = np.zeros((56, 56, 3), np.uint8)
+        jpeg.crop_into(out, encoded, 256, left, top)
+        assert (out == 7).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -146,9 +146,8 @@ def test_the_crops_are_those_of_earlier_versions():
     assert found == [(3, 7, 5), (22, 2, 3), (6, 7, 3), (12, 7, 2), (2, 7, 7)]
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(records, stream, workers):
-    assert_same(take(dataset(records, workers).train_batches(6, seed=3), 13), stream)
+def test_workers_change_nothing(records, stream):
+    assert_same(take(dataset(records, 3).train_batches(6, seed=3), 13), stream)
 
 
 def test_hosts_have_their_rows_of_the_same_batches(records, stream):
@@ -157,12 +156,14 @@ def test_hosts_have_their_rows_of_the_same_batches(records, stream):
         assert_same(part, {name: value[:, rows] for name, value in stream.items()})
 
 
-@pytest.mark.parametrize("stop", [1, 4, 9])
-def test_goes_on_where_it_stopped_with_other_workers_and_another_batch_size(records, stream, stop):
+@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (4, 1), (9, 0)])
+def test_goes_on_where_it_stopped_with_other_workers_and_another_batch_size(
+    records, stream, stop, workers
+):
     first = dataset(records).train_batches(6, seed=3)
     take(first, stop)
     state = first.get_state()
-    resumed = dataset(records, 1).train_batches(6, seed=3)
+    resumed = dataset(records, workers).train_batches(6, seed=3)
     resumed.set_state(state)
     assert_same(take(resumed, 13 - stop), {name: v[stop:] for name, v in stream.items()})
     other = dataset(records).train_batches(3, seed=3)
@@ -174,15 +175,12 @@ def test_goes_on_where_it_stopped_with_other_workers_and_another_batch_size(reco
 def test_closing_does_not_wait_for_what_the_workers_have_sent(records):
     """Of crops so large that a pipe holds less than a chunk of them."""
     large = dataclasses.replace(dataset(records, workers=2), resize=256, crop=224)
-    seconds = []
-    for _ in range(3):
-        batches = large.train_batches(6, seed=0)
-        next(batches)
-        time.sleep(0.5)  # until the workers wait for room in their pipes
-        start = time.monotonic()
-        batches.close()
-        seconds.append(time.monotonic() - start)
-    assert max(seconds) < 5, seconds
+    batches = large.train_batches(6, seed=0)
+    next(batches)
+    time.sleep(0.5)  # until the workers wait for room in their pipes
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize("batch_size", [4, 23, 50])
@@ -257,10 +255,11 @@ def test_colors_on_the_device_equal_float64():
     pixels = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images).astype(np.float64)
     shift = np.stack([np.float64(EIGENVECTORS) @ (d * np.float64(EIGENVALUES)) for d in draws])
     expected = (pixels + 255 * shift[:, None, None] - np.array([123.68, 116.779, 103.939])) * 0.017
-    found = augment_photographs(images, jax.random.key(4), flip=True, color_std=0.1)
+    augment = jax.jit(augment_photographs, static_argnames=("flip", "color_std"))
+    found = augment(images, jax.random.key(4), flip=True, color_std=0.1)
     np.testing.assert_allclose(found, expected, atol=2e-2)
-    plain = augment_photographs(images, jax.random.key(4), flip=False, color_std=0.0)
-    np.testing.assert_array_equal(plain, standardize_rgb(images))
+    plain = augment(images, jax.random.key(4), flip=False, color_std=0.0)
+    np.testing.assert_array_equal(plain, jax.jit(standardize_rgb)(images))
 
 
 @pytest.mark.parametrize("record", [b"\xff\xff\xff", b"", None], ids=["other", "empty", "missing"])

@@ -1,4 +1,4 @@
-"""The same little net, modulated by hand, in Flax NNX, Equinox, Haiku, linen and plain JAX.
+"""The same little net, modulated by hand, in Flax NNX, Equinox, Haiku and linen.
 
 A framework supplies parameters and a loss; the optimizer and the loop are the same for all, and the
 reference is the same net without sites.
@@ -37,20 +37,6 @@ def widths():
     return zip([64] + [WIDTH] * (DEPTH - 1), [WIDTH] * (DEPTH - 1) + [10], strict=True)
 
 
-def plain_jax():
-    def logits(params, x):
-        for index, layer in enumerate(params):
-            x = GAINS[index] * (jnp.tanh(x) if index else x) @ layer["kernel"] + layer["bias"]
-            x = modulate(x, layer[SITE])
-        return x
-
-    init, params = jax.nn.initializers.lecun_normal(), []
-    for index, shape in enumerate(widths()):
-        kernel = init(jax.random.key(index), shape)
-        params.append({"kernel": kernel, "bias": jnp.zeros(shape[1]), SITE: init_site(index)})
-    return Model(params, logits, lambda tree: [(layer["kernel"], layer["bias"]) for layer in tree])
-
-
 def linen():
     class Net(nn.Module):
         @nn.compact
@@ -61,7 +47,7 @@ def linen():
 
     images, _ = digits()
     net = Modulated(Net())
-    params = net.init(jax.random.key(0), images.reshape(len(images), -1))["params"]
+    params = jax.jit(net.init)(jax.random.key(0), images.reshape(len(images), -1))["params"]
     params["Dense_3"][SITE] = init_site(3)
     return Model(
         params,
@@ -88,7 +74,7 @@ def flax_nnx():
                 x = layer(GAINS[index] * (nnx.tanh(x) if index else x))
             return x
 
-    graph, params = nnx.split(Net(nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.jit(lambda: Net(nnx.Rngs(0)))())
 
     def layers(tree):
         linear = [tree["stack"][index]["linear"] for index in range(DEPTH)]
@@ -147,7 +133,7 @@ def haiku():
 
     images, _ = digits()
     net = hk.without_apply_rng(hk.transform(forward))
-    params = net.init(jax.random.key(0), images.reshape(len(images), -1))
+    params = jax.jit(net.init)(jax.random.key(0), images.reshape(len(images), -1))
 
     def layers(tree):
         linear = [tree[f"layer_{index}/linear"] for index in range(DEPTH)]
@@ -156,7 +142,7 @@ def haiku():
     return Model(params, net.apply, layers)
 
 
-@pytest.mark.parametrize("make", [plain_jax, linen, flax_nnx, equinox, haiku])
+@pytest.mark.parametrize("make", [linen, flax_nnx, equinox, haiku])
 def test_modulation_in_a_training_loop(make):
     params, logits, layers = make()
     images, labels = digits()
@@ -187,7 +173,7 @@ def test_modulation_in_a_training_loop(make):
     assert step._cache_size() == 1
 
     # Of the last step: the gradient is the true one times the scales of its site and those above.
-    true = jax.grad(reference_loss)(layers(before))
+    true = jax.jit(jax.grad(reference_loss))(layers(before))
     scales = find_state(state).scales
     rho = np.asarray([float(scales[path]) for path in sorted(scales)], np.float64)
     assert rho[-1] == 1 and np.abs(np.log(rho[:-1])).min() > 0.01

@@ -94,27 +94,3 @@ def test_eight_devices_train_like_one_that_takes_their_shares_in_turn(step, join
     scales = np.asarray(list(state.scales.values()))
     assert (np.abs(np.log(scales[:-1])) > 0.05).all()  # every site does rescale
     np.testing.assert_allclose(scales, list(expected_state.scales.values()), rtol=1e-4)
-
-
-def test_the_comparison_can_tell(joint):
-    """Without the penalty, or with sites left as they were, the kernels are others."""
-
-    def without_penalty(params, opt_state, x):
-        loss, grads = jax.value_and_grad(loss_function)(params, x)
-        updates, rest = OPTIMIZER.update(
-            grads,
-            opt_state,
-            jax.tree_util.tree_map_with_path(
-                lambda path, leaf: leaf if path[-1].key == SITE else jnp.zeros_like(leaf), params
-            ),
-        )
-        return optax.apply_updates(params, updates), rest, loss
-
-    def frozen(params, opt_state, x):
-        new, opt_state, loss = joint_step(params, opt_state, x)
-        return [{**n, SITE: o[SITE]} for n, o in zip(new, params, strict=True)], opt_state, loss
-
-    for step in (without_penalty, frozen):
-        kernels = [layer["kernel"] for layer in run(jax.jit(step))[0]]
-        expected = [layer["kernel"] for layer in joint[0]]
-        assert not np.allclose(kernels, expected, atol=1e-3)

@@ -11,7 +11,6 @@ import pytest
 
 import orthojax
 from orthojax import data
-from orthojax.configs import digits_plain110
 from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError, WorkdirError
 from orthojax.inference.evaluation import evaluate
@@ -19,14 +18,12 @@ from orthojax.sites import is_site
 from orthojax.storage.checkpoint import saved_steps
 from orthojax.storage.checksums import write_checksums
 from orthojax.training.train import train_and_evaluate
+from tests.training.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    config = digits_plain110.get_config("depth=8,steps=30")
-    config.model.width, config.batch_size = 4, 32
-    config.eval_every = config.checkpoint_every = 10
-    config.mesh.data = 1
+    config = tiny_config(eval_every=4, checkpoint_every=4)
     config.dataset.data_dir = str(tmp_path_factory.mktemp("tfds"))
     return config
 
@@ -72,7 +69,7 @@ def test_it_has_no_sites_and_no_optimizer(classifier):
 
 def test_plain_orbax_reads_the_same_parameters(trained, classifier):
     with ocp.StandardCheckpointer() as reader:
-        state = reader.restore((trained[0] / "checkpoints" / "30" / "state").absolute())
+        state = reader.restore((trained[0] / "checkpoints" / "12" / "state").absolute())
     kernels = jax.tree.leaves(
         jax.tree.map(
             lambda ours, theirs: np.array_equal(ours, theirs),
@@ -89,8 +86,8 @@ def test_which_step(trained, config):
     workdir, summary = trained
     assert orthojax.load(workdir).step == summary["best_step"]
     assert orthojax.load(workdir, "latest").step == config.steps
-    assert orthojax.load(workdir, 20).step == orthojax.load(workdir, "20").step == 20
-    with pytest.raises(WorkdirError, match="step 17 .* choose best, latest or one of 10, 20, 30"):
+    assert orthojax.load(workdir, 8).step == orthojax.load(workdir, "8").step == 8
+    with pytest.raises(WorkdirError, match="step 17 .* choose best, latest or one of 4, 8, 12"):
         orthojax.load(workdir, 17)
 
 
@@ -143,10 +140,15 @@ def test_statistics_of_other_images(classifier, digits):
     images = digits.train.images[:64]
     again = classifier.recalibrated(images)
     inputs = digits.normalize(images)
-    expected, _ = classifier.net.apply(
-        classifier.variables, inputs, train=True, mutable=["batch_stats"]
-    )
-    found = again.net.apply(again.variables, inputs, train=False)
+
+    @jax.jit
+    def expected_and_found():
+        trained = classifier.net.apply(
+            classifier.variables, inputs, train=True, mutable=["batch_stats"]
+        )
+        return trained[0], again.net.apply(again.variables, inputs, train=False)
+
+    expected, found = expected_and_found()
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=2e-3)
     assert not np.allclose(classifier.logits(images), expected, atol=1e-2)
 
@@ -165,10 +167,10 @@ def test_a_run_from_before_says_what_to_do_and_doing_it_helps(copy, config):
 
 
 def test_a_damaged_checkpoint_is_named_with_the_others(copy):
-    next((copy / "checkpoints" / "30" / "state" / "d").iterdir()).write_bytes(b"")
-    with pytest.raises(WorkdirError, match=r"30 is damaged .* choose another of 10, 20, 30"):
+    next((copy / "checkpoints" / "12" / "state" / "d").iterdir()).write_bytes(b"")
+    with pytest.raises(WorkdirError, match=r"12 is damaged .* choose another of 4, 8, 12"):
         orthojax.load(copy, "latest")
-    assert orthojax.load(copy, 20).step == 20
+    assert orthojax.load(copy, 8).step == 8
 
 
 def test_a_checkpoint_of_another_model_is_refused(copy):
@@ -185,7 +187,7 @@ def test_without_evaluation_the_newest_is_the_best(copy):
         checkpoint = copy / "checkpoints" / str(step)
         shutil.rmtree(checkpoint / "metrics")
         write_checksums(checkpoint, ["state", "position"])
-    assert orthojax.load(copy).step == 30
+    assert orthojax.load(copy).step == 12
 
 
 def test_preprocessing_survives_json_to_the_last_bit(digits):

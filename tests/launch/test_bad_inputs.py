@@ -2,7 +2,7 @@
 
 None may end in a traceback, and none in silence: a bad option exits with 2 and a message that names
 it; a damaged file is named, set aside or written anew, and the run has the result it had. The
-normal tests take a sample; all of them: `pytest -m slow tests/test_bad_inputs.py -s`.
+normal tests take a sample; all of them: `pytest -m slow tests/launch/test_bad_inputs.py`.
 """
 
 import itertools
@@ -26,17 +26,14 @@ NO_NUMBER = ("ten", "None", "True", "''", "(1,)", "{'a': 1}", "nan", "inf", "-in
 NO_COUNT = (*NO_NUMBER, "0", "-1", "-99999999999999999999", "1.5", "1e3")
 NO_NAME = ("nonsense", "3", "None", "''", "('a',)", "ÿ\x00", "a b", "../..")
 NO_TRUTH = ("maybe", "2", "None", "0.5", "(True,)")
+NO_PARTS = ("(0.8,0.5)", "(0.5,0.5)", "(-0.1,)", "(1.1,)", "(nan,)", "('a',)", "x", "None")
 BAD_VALUES = {
-    "steps": NO_COUNT,
+    **dict.fromkeys(("steps", "log_every", "eval_every", "checkpoint_every"), NO_COUNT),
+    **dict.fromkeys(("keep_checkpoints", "model.width"), NO_COUNT),
     "batch_size": (*NO_COUNT, "1438", "1000000000"),
-    "log_every": NO_COUNT,
-    "eval_every": NO_COUNT,
-    "checkpoint_every": NO_COUNT,
-    "keep_checkpoints": NO_COUNT,
     "observe_every": tuple(value for value in NO_COUNT if value != "0"),
     "seed": (*(value for value in NO_COUNT if value != "0"), "4294967296"),
     "model.depth": (*NO_COUNT, "9", "2"),
-    "model.width": NO_COUNT,
     "model.bn_groups": (*NO_COUNT, "3", "1000"),
     "dataset.downsample": (*NO_COUNT, "3", "16"),
     "mesh.data": ("0", "-2", "64", "1.5", "None", "all"),
@@ -46,56 +43,31 @@ BAD_VALUES = {
     "regularizer.coefficient": (*NO_NUMBER, "-1"),
     "schedule.factor": (*NO_NUMBER, "0", "-0.5"),
     "schedule.warmup_steps": ("-1", "41", "1e9", "1.5", "nan", "None", "few"),
-    "schedule.boundaries": (
-        "(0.8,0.5)",
-        "(0.5,0.5)",
-        "(-0.1,)",
-        "(1.1,)",
-        "(nan,)",
-        "('a',)",
-        "x",
-        "None",
-    ),
+    "schedule.boundaries": NO_PARTS,
     "model.bn_bias": (*NO_NUMBER, "1e30", "-101"),
     "dtype": (*NO_NAME, "float16", "float64", "int32", "bool", "complex64"),
-    "model.name": NO_NAME,
-    "model.kernel_init": NO_NAME,
-    "model.remat": NO_NAME,
-    "optimizer.name": NO_NAME,
-    "schedule.name": NO_NAME,
-    "regularizer.name": NO_NAME,
-    "regularizer.variant": NO_NAME,
-    "regularizer.grouping": NO_NAME,
+    **dict.fromkeys(("model.name", "model.kernel_init", "model.remat", "dataset.name"), NO_NAME),
+    **dict.fromkeys(("optimizer.name", "schedule.name", "regularizer.name"), NO_NAME),
+    **dict.fromkeys(("regularizer.variant", "regularizer.grouping"), NO_NAME),
     "regularizer.mask": ("a", "3", "('a',)", "{'kernel': 1}"),
     "regularizer.view": ("a", "3"),
-    "dataset.name": NO_NAME,
     "dataset.train_split": ("nonsense", "''", "train[:0]", "train[", "train[50%:50%]", "None", "3"),
     "dataset.test_split": ("nonsense", "test[:0]", "None"),
     "dataset.data_dir": ("/dev/null", "/dev/null/below", "gs://bucket/a", "s3://bucket"),
-    "dataset.flip": NO_TRUTH,
-    "model.scan": NO_TRUTH,
-    "tensorboard": NO_TRUTH,
+    **dict.fromkeys(("dataset.flip", "model.scan", "tensorboard"), NO_TRUTH),
     "optimizer.nesterov": NO_TRUTH,
     "optimizer.accumulator_dtype": ("nonsense", "int8", "3"),
     "modulation": ("3", "yes", "(1,)", "{'nonsense': 1}"),
     "model": ("None", "3", "{}", "{'name': 'PlainNet', 'nonsense': 1}"),
     "optimizer": ("None", "3", "{}", "{'name': 'sgd'}"),
     # Keys that do not exist.
-    "nonsense": ("1",),
-    "nonsense.nonsense": ("1",),
-    "model.nonsense": ("1",),
-    "model.modulation": ("1",),
+    **dict.fromkeys(
+        ("nonsense", "nonsense.nonsense", "model.nonsense", "model.modulation"), ("1",)
+    ),
+    **dict.fromkeys(("schedule.base", "schedule.steps", "dataset.crop", "mesh.devices"), ("3",)),
+    **dict.fromkeys(("optimizer.b1", "learning_rate"), ("0.9",)),
+    **dict.fromkeys(("model.width.x", "", ".", ".."), ("1",)),
     "model.dtype": ("float32",),
-    "schedule.base": ("1",),
-    "optimizer.b1": ("0.9",),
-    "schedule.steps": ("3",),
-    "dataset.crop": ("3",),
-    "mesh.devices": ("3",),
-    "learning_rate": ("0.1",),
-    "model.width.x": ("3",),
-    "": ("1",),
-    ".": ("1",),
-    "..": ("1",),
 }
 GOOD = ("log_every=3", "model.kernel_init=he", "tensorboard=False", "mesh.data=1", "dtype=bfloat16")
 
@@ -188,19 +160,20 @@ OTHERS = {
         shutil.rmtree(run / "checkpoints"),
         (run / "checkpoints").touch(),
     ),
-    "a checkpoint deleted": lambda run: shutil.rmtree(run / "checkpoints" / "6"),
-    "a checkpoint emptied": lambda run: _empty(run / "checkpoints" / "6"),
-    "its state deleted": lambda run: shutil.rmtree(run / "checkpoints" / "6" / "state"),
+    "a checkpoint deleted": lambda run: shutil.rmtree(run / "checkpoints/6"),
+    "a checkpoint emptied": lambda run: (
+        shutil.rmtree(run / "checkpoints/6"),
+        (run / "checkpoints/6").mkdir(),
+    ),
+    "its state deleted": lambda run: shutil.rmtree(run / "checkpoints/6/state"),
     "all damaged": lambda run: [
         DAMAGES["cut"](f) for f in run.glob("checkpoints/*/checksums.json")
     ],
-    "a file of a step's name": lambda run: (run / "checkpoints" / "9").touch(),
-    "an empty step": lambda run: (run / "checkpoints" / "9").mkdir(),
-    "a step that was begun": lambda run: (run / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir(),
-    "a stranger": lambda run: (run / "checkpoints" / "notes.txt").write_text("mine"),
-    "a copy": lambda run: shutil.copytree(
-        run / "checkpoints" / "6", run / "checkpoints" / "6 (copy)"
-    ),
+    "a file of a step's name": lambda run: (run / "checkpoints/9").touch(),
+    "an empty step": lambda run: (run / "checkpoints/9").mkdir(),
+    "a step that was begun": lambda run: (run / "checkpoints/9.orbax-checkpoint-tmp").mkdir(),
+    "a stranger": lambda run: (run / "checkpoints/notes.txt").write_text("mine"),
+    "a copy": lambda run: shutil.copytree(run / "checkpoints/6", run / "checkpoints/6 (copy)"),
     "no write before": lambda run: (run / ".config.json.tmp").write_text("{"),
 }
 
@@ -210,11 +183,6 @@ def _flip(file):
     if content:
         content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def _empty(directory):
-    shutil.rmtree(directory)
-    directory.mkdir()
 
 
 def damages():
@@ -275,32 +243,21 @@ def damage_fault(run, data_dir, summary, capsys):
 pytestmark = pytest.mark.filterwarnings("ignore:the checkpoint of step")
 
 
-def test_some_bad_options_are_refused_by_name(data_dir, capsys):
-    cases = list(bad_options())
-    sample = cases[::17]
-    assert check_options(sample, data_dir, capsys) == len(sample) > 20
+def sampled(one_in):
+    """One case in so many; every one in `pytest -m slow`."""
+    return pytest.mark.parametrize("step", [one_in, pytest.param(1, marks=pytest.mark.slow)])
 
 
-def test_some_damage_comes_to_the_same_end(finished, data_dir, tmp_path, capsys, monkeypatch):
-    cases = [(case, number % 2) for number, case in enumerate(damages())][::16]
-    assert check_damage(cases, finished, data_dir, tmp_path, capsys, monkeypatch) > 5
+@sampled(17)
+def test_bad_options_are_refused_by_name(step, data_dir, capsys):
+    cases = list(bad_options())[::step]
+    assert check_options(cases, data_dir, capsys) >= 400 // step
 
 
-@pytest.mark.slow
-def test_all_bad_options_are_refused_by_name(data_dir, capsys):
-    count = check_options(bad_options(), data_dir, capsys)
-    with capsys.disabled():
-        print(f"\n{count} command lines with a bad option: all refused, each by its name")
-    assert count >= 200
-
-
-@pytest.mark.slow
-def test_all_damage_comes_to_the_same_end(finished, data_dir, tmp_path, capsys, monkeypatch):
-    cases = itertools.product(damages(), (False, True))
-    count = check_damage(cases, finished, data_dir, tmp_path, capsys, monkeypatch)
-    with capsys.disabled():
-        print(f"\n{count} damaged runs: each refused in words, or with the result it had")
-    assert count >= 200
+@sampled(39)
+def test_damage_comes_to_the_same_end(step, finished, data_dir, tmp_path, capsys, monkeypatch):
+    cases = list(itertools.product(damages(), (False, True)))[step // 2 :: step]
+    assert check_damage(cases, finished, data_dir, tmp_path, capsys, monkeypatch) >= 240 // step
 
 
 def test_the_good_options_are_good(data_dir, capsys):

@@ -7,15 +7,11 @@ import sys
 
 import pytest
 
+from benchmarks import input
 from orthojax.analysis.measurements import measurement, read, regressions, save, table
 from orthojax.errors import UserError
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-def benchmark(*arguments):
-    command = [sys.executable, str(ROOT / "launch/benchmark.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 
 
 def test_quartiles_targets_and_verdicts():
@@ -51,30 +47,32 @@ def test_what_is_saved_is_read_again(tmp_path):
         read(tmp_path / "other.json")
 
 
-def test_the_command_measures_writes_and_compares_with_the_baseline(tmp_path):
+def test_the_command_measures_writes_and_compares_with_the_baseline(tmp_path, program, monkeypatch):
+    monkeypatch.setattr(input, "STEPS", 1)
     small = ("input", "--depth=8", "--rounds=2", f"--output={tmp_path / 'out'}")
     lacking = f"--data_dir={tmp_path}"
-    done = benchmark(*small, lacking, f"--baseline={tmp_path / 'none.json'}")
-    assert done.returncode == 0, done.stderr
-    assert "imagenet2012' is not prepared" in done.stderr
+    done = program("benchmark", *small, lacking, f"--baseline={tmp_path / 'none.json'}")
+    assert done.code == 0, done.err
+    assert "imagenet2012' is not prepared" in done.err
     written = json.loads((tmp_path / "out/measurements.json").read_text())
     names = [found["name"] for found in written["measurements"]]
-    assert len(names) == 2 and all(name in done.stdout for name in names)
+    assert len(names) == 2 and all(name in done.out for name in names)
     assert written["cores"] >= 1 and written["jax"]
     assert (tmp_path / "out/measurements.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_impossible_arguments_are_refused_at_once(tmp_path):
-    assert "--rounds=1 shows no spread" in benchmark("step", "--rounds=1").stderr
-    assert "invalid choice: 'speed'" in benchmark("speed").stderr
+def test_impossible_arguments_are_refused_at_once(tmp_path, program):
+    assert "--rounds=1 shows no spread" in program("benchmark", "step", "--rounds=1").err
+    assert "invalid choice: 'speed'" in program("benchmark", "speed").err
     (tmp_path / "broken.json").write_text("{}")
-    done = benchmark("memory", f"--baseline={tmp_path / 'broken.json'}")
-    assert done.returncode == 2 and "holds no measurements" in done.stderr
+    done = program("benchmark", "memory", f"--baseline={tmp_path / 'broken.json'}")
+    assert done.code == 2 and "holds no measurements" in done.err
 
 
 @pytest.mark.slow
 def test_everything_on_a_small_net(tmp_path):
-    done = benchmark("all", "--depth=8", "--rounds=2", f"--output={tmp_path}")
+    command = [sys.executable, str(LAUNCH / "benchmark.py"), "all", "--depth=8", "--rounds=2"]
+    done = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True)
     assert done.returncode in (0, 1), done.stderr
     names = " ".join(read(tmp_path / "measurements.json"))
     for part in ("step time", "convolution, ours", "compile time", "memory", "CIFAR-10"):
@@ -82,8 +80,10 @@ def test_everything_on_a_small_net(tmp_path):
 
 
 def test_profiling_names_the_instructions_of_a_step():
-    script, config = ROOT / "launch/profile_step.py", ROOT / "configs/digits_plain110.py:depth=8"
-    command = [sys.executable, str(script), f"--config={config}", "--top=5"]
+    tiny = ("--config=digits_plain110:depth=8,steps=6", "--config.model.width=2")
+    small = ("--config.batch_size=8", "--config.mesh.data=1")
+    # In a process of its own: JAX's profiler ends one that has other programs.
+    command = [sys.executable, str(LAUNCH / "profile_step.py"), *tiny, *small, "--top=5"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     head, *lines = done.stdout.splitlines()
     assert head.split() == ["ms/step", "times", "instruction,", "result,", "origin"]

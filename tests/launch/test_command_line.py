@@ -1,40 +1,23 @@
 """The command line of the programs that take `--config`: files, flags, help, signals."""
 
-import functools
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
 
 from orthojax.errors import ConfigError
 from orthojax.launch import command_line, config_flag
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-TRAIN = str(ROOT / "launch" / "train.py")
-
-
-def run(*arguments, cwd=ROOT, **environment):
-    done = subprocess.run(
-        [sys.executable, TRAIN, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        capture_output=True,
-        text=True,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_help_lists_the_flags_the_configs_and_an_example(flag):
-    code, out, _ = run(flag)
+def test_help_lists_the_flags_the_configs_and_an_example(flag, program):
+    code, out, _ = program("train", flag)
     assert code == 0
     for words in ("--config:", "--workdir:", "cifar10_plain:", "method: `ortho`"):
         assert words in out
@@ -51,30 +34,10 @@ def test_help_lists_the_flags_the_configs_and_an_example(flag):
         (["--process_id=-1"], "process_id"),
     ],
 )
-def test_usage_errors_exit_with_2(arguments, message):
-    code, _, err = run(*arguments)
+def test_usage_errors_exit_with_2(arguments, message, program):
+    code, _, err = program("train", *arguments)
     assert code == 2 and err.startswith("error: ")
     assert all(part in err for part in message.split(".*"))
-
-
-@pytest.fixture
-def flags(monkeypatch, tmp_path):
-    """Loads a config as a program in `tmp_path` would, with these words on its command line."""
-    from absl import flags as absl_flags
-
-    monkeypatch.chdir(tmp_path)
-
-    def load(*words):
-        monkeypatch.setattr(config_flag, "_overrides", {})
-        values = absl_flags.FlagValues()
-        own = types.SimpleNamespace(FLAGS=values, Error=absl_flags.Error)
-        own.DEFINE_string = functools.partial(absl_flags.DEFINE_string, flag_values=values)
-        monkeypatch.setattr(config_flag, "flags", own)
-        config_flag.define_config()
-        values(config_flag.without_overrides(["train.py", *words]))
-        return config_flag.load_config()
-
-    return load
 
 
 def test_overrides_in_every_way_of_writing(flags):
@@ -143,17 +106,14 @@ def test_the_compilation_cache_is_never_in_the_current_directory(cache, tmp_path
     assert command_line.cache_directory() == str(place)
 
 
-def test_no_path_of_a_tilde_is_taken_literally(tmp_path):
+def test_no_path_of_a_tilde_is_taken_literally(tmp_path, program):
     home, here = tmp_path / "home", tmp_path / "here"
     home.mkdir(), here.mkdir()
-    options = ["--config=configs/digits_plain110.py:depth=8,steps=30", "--config.model.width=4"]
-    options += [
-        "--config.batch_size=32",
-        "--config.mesh.data=1",
-        "--workdir=~/run",
-        "--config.dataset.data_dir=~/data",
-    ]
-    code, _, err = run(*options, "--config.dataset.cache_dir=~/cache", cwd=here, HOME=str(home))
+    tiny = ["--config=configs/digits_plain110.py:depth=8,steps=6", "--config.model.width=2"]
+    tiny += ["--config.batch_size=8", "--config.mesh.data=1"]
+    paths = ["--workdir=~/run", "--config.dataset.data_dir=~/data"]
+    paths += ["--config.dataset.cache_dir=~/cache"]
+    code, _, err = program("train", *tiny, *paths, cwd=here, HOME=str(home))
     assert code == 0, err
     assert {"run", "data", "cache"} <= {path.name for path in home.iterdir()}
     assert not list(here.iterdir())
@@ -164,14 +124,12 @@ def test_a_signal_while_compiling_ends_at_once_in_a_line(tmp_path, number):
     options = ["--config=configs/digits_plain110.py:depth=56", f"--workdir={tmp_path / 'run'}"]
     process = subprocess.Popen(
         [sys.executable, TRAIN, *options, "--config.model.scan=False"],  # compiles for minutes
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
     )
     while "compiling" not in (line := process.stderr.readline()):
         assert line, "it ended before compiling"
-    time.sleep(3)
+    time.sleep(1)
     sent = time.monotonic()
     process.send_signal(number)
     rest = process.stderr.read()

@@ -68,18 +68,15 @@ def test_an_unknown_topology_is_named():
         ("--compare=configs/cifar10_plain.py:dept=8", "did you mean `depth`?"),
     ],
 )
-def test_a_bad_config_is_named(flag, named):
-    finished = compile_for_tpu(flag)
-    assert finished.returncode == 2
-    assert named in finished.stderr
-    assert "Traceback" not in finished.stderr
+def test_a_bad_config_is_named(flag, named, program):
+    finished = program("compile_for_tpu", flag)
+    assert finished.code == 2 and named in finished.err
 
 
 @pytest.mark.skipif(INSTALLED, reason="the TPU compiler is installed")
-def test_without_the_compiler_the_extra_is_named():
-    finished = compile_for_tpu()
-    assert finished.returncode == 2
-    assert "pip install -e '.[tpu]'" in finished.stderr
+def test_without_the_compiler_the_extra_is_named(program):
+    finished = program("compile_for_tpu")
+    assert finished.code == 2 and "pip install -e '.[tpu]'" in finished.err
 
 
 @pytest.mark.slow

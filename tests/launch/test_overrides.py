@@ -23,12 +23,9 @@ def overridden(*words, config=None):
         ("model.bn_groups=2", 2),
         ("dataset.train_split=train[:256]", "train[:256]"),
         ("dataset.cache_dir=/tmp/1", "/tmp/1"),
-        ("optimizer.nesterov=True", True),
         ("optimizer.nesterov=true", True),
-        ("regularizer.grouping=none", "none"),
         # None and a value, either way round.
         ("modulation=None", None),
-        ("modulation.steps=None", None),
         ("modulation.steps=100", 100.0),
         ("constraint.method=qr", "qr"),
         ("dataset.data_dir=None", None),
@@ -36,7 +33,6 @@ def overridden(*words, config=None):
         ("optimizer.momentum=None", None),
         # Values that look like another kind.
         ("model.remat=none", "none"),
-        ("dataset.name=123", "123"),
         ("optimizer.learning_rate=1", 1.0),
         ("optimizer.learning_rate=1e-3", 1e-3),
         ("model.bn_bias=2", 2.0),
@@ -47,10 +43,6 @@ def overridden(*words, config=None):
     ],
 )
 def test_any_argument_of_what_a_section_stands_for(word, value):
-    if word == "dataset.name=123":  # looked up, as any new name
-        with pytest.raises(DatasetError, match="'123'"):
-            overridden(word)
-        return
     config, notes = overridden(word)
     key = word.partition("=")[0]
     found = config.to_dict()
@@ -64,6 +56,11 @@ def test_a_section_that_is_none_is_made():
     assert config.modulation.to_dict() == {"steps": 7}
     config, _ = overridden("mesh={'fsdp': 2}")
     assert config.mesh.to_dict() == {"fsdp": 2}
+
+
+def test_a_name_that_looks_like_a_number_is_one():
+    with pytest.raises(DatasetError, match="'123'"):  # looked up, as any new name
+        overridden("dataset.name=123")
 
 
 def test_of_two_the_last_counts():
@@ -87,7 +84,7 @@ def test_another_name_drops_the_keys_of_the_old_one(words, kept, dropped):
     section = words[0].partition(".")[0]
     assert kept.items() <= config[section].to_dict().items()
     assert [dropped in note for note in notes] == ([True] if dropped else [])
-    build(config, devices=_one_device())  # which takes no key that nothing reads
+    build(config, records=False)  # which takes no key that nothing reads
 
 
 def test_another_data_set_drops_what_its_loader_does_not_take():
@@ -99,28 +96,17 @@ def test_another_data_set_drops_what_its_loader_does_not_take():
 def test_a_run_shorter_than_the_warmup_of_the_file():
     config, [note] = overridden("steps=4")
     assert config.schedule.warmup_steps == 4 and "warmup_steps" in note
-    build(config, devices=_one_device())
+    build(config, records=False)
     config, notes = overridden("steps=4", "schedule.warmup_steps=9")
     assert config.schedule.warmup_steps == 9 and not notes
     with pytest.raises(ConfigError, match="warmup_steps` is 9; .*from 0 to steps=4"):
-        build(config, devices=_one_device())
-
-
-def _one_device():
-    import jax
-
-    return jax.devices()[:1]
+        build(config, records=False)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (
-            ["optimizer.lr=0.1"],
-            "unknown key `optimizer.lr`; did you mean `optimizer.learning_rate`",
-        ),
-        (["optimizer.learnin_rate=0.1"], "did you mean `optimizer.learning_rate`"),
-        (["learning_rate=0.1"], "unknown key `learning_rate`; did you mean `optimizer.learning"),
+        (["optimizer.lr=0.1"], "`optimizer.lr`; did you mean `optimizer.learning_rate`"),
         (["modl.depth=8"], "unknown section `modl`; did you mean `model`"),
         (["model.modulation=1"], "unknown key `model.modulation`; did you mean `modulation`"),
         (["model.dtype=int8"], "unknown key `model.dtype`; did you mean `dtype`"),
@@ -133,7 +119,6 @@ def _one_device():
         (["seed=True"], "`seed` is True; it must be an integer"),
         (["model.width=None"], "`model.width` is None; it must be an integer"),
         (["optimizer=None"], "`optimizer` is None; it must be a section"),
-        (["optimizer=3"], "`optimizer` is 3; it must be a section"),
         (["optimizer.learning_rate=nan"], "nan, which is not a finite number"),
         (["optimizer.learning_rate=fast"], "'fast'; it must be a finite number"),
         (["schedule.boundaries=('a',)"], "every element is a finite number"),
@@ -156,4 +141,4 @@ def test_a_config_file_is_held_to_the_same_kinds():
     with config.ignore_type():
         config.optimizer.momentum = "0.9"
     with pytest.raises(ConfigError, match="`optimizer.momentum` is '0.9'; it must be a finite"):
-        build(config, devices=_one_device())
+        build(config, records=False)

@@ -1,20 +1,24 @@
-"""The commands of the pages on what comes before and after training, in processes of their own."""
+"""The commands of the pages on what comes before and after training."""
 
 import json
-import os
 import pathlib
 import re
 import shlex
-import subprocess
-import sys
 
+import jax
 import numpy as np
 import PIL.Image
 import pytest
 
+from orthojax.launch.config_flag import config_name
+from orthojax.training.compiled import abstract_state
+from orthojax.training.experiment import build
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
-SHORT = ("--config.steps=30", "--config.mesh.data=1", "--config.batch_size=32")
-TINY = (*SHORT, "--config.model.width=4", "--config.model.depth=8")
+TINY = (
+    *("--config.steps=6", "--config.mesh.data=1", "--config.batch_size=8"),
+    *("--config.model.width=2", "--config.model.depth=8"),
+)
 
 
 def blocks(page, language):
@@ -22,35 +26,33 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
-def run(block, place, *tiny, **environment):
+def commands(block):
+    """Program and words of every command of a block that starts one of ours."""
+    for command in block.replace("\\\n", " ").splitlines():
+        python, *words = shlex.split(command, comments=True)
+        if python == "python":
+            yield pathlib.Path(words[0]).stem, words[1:]
+
+
+def run(program, block, place, *tiny):
     """Runs the commands of a block; those that train are made small. By program, what each said."""
     found = {}
-    for command in block.replace("\\\n", " ").splitlines():
-        python, program, *words = shlex.split(command, comments=True)
-        if python == "pip":
-            continue
-        assert python == "python"
-        done = subprocess.run(
-            [sys.executable, ROOT / program, *words, *(tiny if "train" in program else ())],
-            cwd=place,
-            env={**os.environ, **environment},
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
-        found[pathlib.Path(program).stem] = done.stdout + done.stderr
+    for name, words in commands(block):
+        done = program(name, *words, *(tiny if name == "train" else ()), cwd=place)
+        assert done.code == 0, done.err
+        found[name] = done.out + done.err
     return found
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(tmp_path_factory, program):
     """Trained nets: what each command said, and where."""
     place = tmp_path_factory.mktemp("user")
     rng = np.random.default_rng(0)
     for name in ("one", "two", "three"):
         pixels = rng.integers(0, 256, (20, 30), np.uint8)
         PIL.Image.fromarray(pixels).save(place / f"{name}.png")
-    return place, run(blocks("inference.md", "bash")[0], place, *TINY)
+    return place, run(program, blocks("inference.md", "bash")[0], place, *TINY)
 
 
 def test_predict_names_a_class_for_every_picture(told):
@@ -77,7 +79,7 @@ def test_export_leaves_a_program(told):
     assert (place / "digits.stablehlo").stat().st_size > 1000
 
 
-def test_pictures_in_folders_and_fine_tuning(tmp_path):
+def test_pictures_in_folders_and_fine_tuning(tmp_path, program):
     for package in ("grain", "simplejpeg", "cv2"):
         pytest.importorskip(package)
     rng = np.random.default_rng(0)
@@ -90,21 +92,27 @@ def test_pictures_in_folders_and_fine_tuning(tmp_path):
                 PIL.Image.fromarray(pixels).save(place / f"{index}.jpg")
     first, second = blocks("own_data.md", "bash")
     small = (*TINY, "--config.batch_size=4", "--config.dataset.workers=0")
-    run(first, tmp_path, *small)
+    run(program, first, tmp_path, *small)
     # What the second begins with; on the page it is a net of CIFAR-10, which has as many channels.
     (tmp_path / "runs" / "pets").rename(tmp_path / "runs" / "cifar")
-    said = run(second, tmp_path, *small)["train"]
-    assert "begins as step 30 of runs/cifar: the head is kept" in said
+    said = run(program, second, tmp_path, *small)["train"]
+    assert "begins as step 6 of runs/cifar: the head is kept" in said
 
 
-def test_a_net_of_ones_own(tmp_path):
+def test_a_net_of_ones_own(flags, tmp_path, monkeypatch):
     (tmp_path / "my_nets.py").write_text(blocks("own_net.md", "python")[0])
-    said = run(blocks("own_net.md", "bash")[0], tmp_path, *SHORT, PYTHONPATH=".")["train"]
-    assert "SmallNet, modulated, on digits" in said
+    monkeypatch.syspath_prepend(str(tmp_path))
+    [(_, words)] = commands(blocks("own_net.md", "bash")[0])
+    state = abstract_state(build(flags(*words), records=False))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(state.params)]
+    assert shapes.count((3, 3, 16, 16)) == 5 and (3,) in shapes  # modulation sites
 
 
-def test_a_config_of_ones_own(tmp_path):
+def test_a_config_of_ones_own(flags, tmp_path):
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "my_config.py").write_text(blocks("configs.md", "python")[0])
-    said = run(blocks("configs.md", "bash")[0], tmp_path, *TINY)["train"]
-    assert (tmp_path / "runs" / "my_config" / "summary.json").exists(), said
+    [(_, words)] = commands(blocks("configs.md", "bash")[0])
+    config = flags(*words)
+    assert (config.seed, config.steps, config.schedule.name) == (1, 40, "linear")
+    assert config_name() == "my_config"
+    build(config, records=False)

@@ -1,64 +1,79 @@
 """Building the native part: once among processes, and not at all without a compiler."""
 
+import functools
 import os
+import pathlib
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
+from orthojax.models.convolution import conv_general_dilated
 from orthojax.native import build
 
 pytestmark = pytest.mark.skipif(build.targets() is None, reason="nothing native here")
 
-PROGRAM = """
-import jax, jax.numpy as jnp
-from orthojax.models.convolution import conv_general_dilated
-x, kernel = jnp.ones((1, 4, 4, 8)), jnp.ones((3, 3, 8, 8))
-numbers = ("NHWC", "HWIO", "NHWC")
-f = jax.jit(lambda x: conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
-print(float(f(x).sum()), "orthojax_" in f.lower(x).as_text())
-"""
 ANSWER = 8 * 8 * (4 * 9 + 8 * 6 + 4 * 4) * 1.0
 
 
-def start(cache, **environment):
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), **environment}
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+@pytest.fixture
+def warnings(tmp_path, monkeypatch, caplog):
+    """What is logged by the first use in a process, which `convolve` is made to be."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build, "targets", functools.cache(build.targets.__wrapped__))
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "absl"]
+
+
+def convolve():
+    """The sum of a convolution of ones, and whether the native one is in the program."""
+    x, kernel = np.ones((1, 4, 4, 8), np.float32), np.ones((3, 3, 8, 8), np.float32)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    convolution = jax.jit(
+        lambda x: conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
     )
+    return float(convolution(x).sum()), "orthojax_" in convolution.lower(x).as_text()
 
 
-def test_without_a_compiler_one_line_says_so(tmp_path):
-    process = start(tmp_path, PATH=str(tmp_path), CXX="")
-    out, log = process.communicate()
-    assert out.split() == [str(ANSWER), "False"], log
-    assert [line for line in log.splitlines() if "there is no C++ compiler" in line] == [
-        log.strip().splitlines()[-1]
-    ]
+def test_without_a_compiler_one_line_says_so(tmp_path, monkeypatch, warnings):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", "")
+    assert convolve() == (ANSWER, False)
+    assert len(warnings()) == 1 and "there is no C++ compiler" in warnings()[0]
 
 
-def test_a_failing_compiler_is_told_of(tmp_path):
+def test_a_failing_compiler_is_told_of(tmp_path, monkeypatch, warnings):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\n[ $1 = --version ] || { echo 'error: broken' >&2; exit 1; }\n")
     compiler.chmod(0o755)
-    out, log = start(tmp_path, CXX=str(compiler)).communicate()
-    assert out.split() == [str(ANSWER), "False"] and log.count("error: broken") == 1
+    monkeypatch.setenv("CXX", str(compiler))
+    assert convolve() == (ANSWER, False)
+    assert len(warnings()) == 1 and "error: broken" in warnings()[0]
 
 
-def test_it_can_be_switched_off(tmp_path):
-    out, log = start(tmp_path, ORTHOJAX_NATIVE="0").communicate()
-    assert out.split() == [str(ANSWER), "False"] and not (tmp_path / "orthojax").exists()
-    assert "native" not in log
+def test_it_can_be_switched_off(tmp_path, monkeypatch, warnings):
+    monkeypatch.setenv("ORTHOJAX_NATIVE", "0")
+    assert convolve() == (ANSWER, False)
+    assert not (tmp_path / "orthojax").exists() and not warnings()
 
 
 @pytest.mark.slow
 def test_two_processes_build_once(tmp_path):
-    processes = [start(tmp_path) for _ in range(2)]
+    root = pathlib.Path(__file__).parents[2]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": str(root)}
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    program = "from tests.native.test_build import convolve; print(*convolve())"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
     for process in processes:
         out, log = process.communicate()
         assert out.split() == [str(ANSWER), "True"], log

@@ -17,33 +17,30 @@ from orthojax.ortho.isometric_conv import (
 
 # window, inputs, outputs
 STRIDE_ONE = [
-    ((3, 3), 4, 4),
     ((3, 3), 3, 8),
-    ((5, 3), 8, 4),
+    ((2, 4), 6, 4),
     ((1, 1), 5, 3),
-    ((2, 4), 4, 6),
-    ((3, 3), 1, 2),
     ((5,), 4, 7),
     ((3, 3, 3), 2, 4),
 ]
 # window, inputs, outputs, strides, groups
 STRIDED_AND_GROUPED = [
-    ((3, 3), 2, 8, (2, 2), 1),
     ((3, 3), 2, 12, (2, 2), 1),
     ((3, 3), 4, 6, (2, 2), 1),
     ((2, 2), 3, 12, (2, 2), 1),
-    ((3, 3), 6, 6, (1, 1), 3),
     ((3, 3), 4, 4, (1, 1), 4),
     ((3, 5), 4, 16, (2, 1), 2),
     ((5,), 3, 9, (3,), 1),
 ]
+compiled_kernel = jax.jit(isometric_kernel, static_argnums=(2, 3, 4, 5))
+compiled_conv = jax.jit(isometric_conv, static_argnums=(2, 3, 4))
 
 
-def kernel_of(window, inputs, outputs, strides, groups=1, seed=0, scale=1.0):
-    rng = np.random.default_rng(seed)
+def kernel_of(window, inputs, outputs, strides, groups=1):
+    rng = np.random.default_rng(0)
     shapes = parameter_shapes(window, inputs, outputs, strides, groups)
-    parameters = [jnp.asarray(scale * rng.normal(size=shape), jnp.float32) for shape in shapes]
-    return isometric_kernel(*parameters, window, inputs, outputs, strides)
+    parameters = [rng.standard_normal(shape, np.float32) for shape in shapes]
+    return compiled_kernel(*parameters, window, inputs, outputs, strides)
 
 
 @pytest.mark.parametrize(("window", "inputs", "outputs"), STRIDE_ONE, ids=str)
@@ -61,8 +58,8 @@ def test_singular_values_by_fft(window, inputs, outputs):
 def operator(kernel, sides, inputs, strides, padding, groups):
     """The matrix of the convolution, row by row: what it makes of every unit image."""
     size = int(np.prod(sides)) * inputs
-    units = jnp.eye(size).reshape((size, *sides, inputs))
-    return np.asarray(isometric_conv(units, kernel, strides, padding, groups)).reshape(size, -1)
+    units = np.eye(size, dtype=np.float32).reshape((size, *sides, inputs))
+    return np.asarray(compiled_conv(units, kernel, strides, padding, groups)).reshape(size, -1)
 
 
 @pytest.mark.parametrize("case", STRIDED_AND_GROUPED, ids=str)
@@ -91,8 +88,8 @@ def test_windows_larger_than_the_image_wrap_around(sides):
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 30.0, 300.0])
 @pytest.mark.parametrize("shape", [(8, 8), (9, 4), (3, 5, 2), (4, 0)], ids=str)
 def test_cayley_is_orthonormal_for_matrices_of_any_size(shape, scale):
-    matrices = scale * jax.random.normal(jax.random.key(1), shape)
-    q = cayley(matrices)
+    matrices = scale * np.random.default_rng(1).standard_normal(shape, np.float32)
+    q = np.asarray(jax.jit(cayley)(matrices))
     gram = np.swapaxes(q, -1, -2) @ q
     np.testing.assert_allclose(gram, np.broadcast_to(np.eye(shape[-1]), gram.shape), atol=1e-5)
 
@@ -109,34 +106,34 @@ def test_gradients_are_those_of_finite_differences():
     rng = np.random.default_rng(3)
     with jax.enable_x64(True):
         shapes = parameter_shapes(window, inputs, outputs, strides)
-        parameters = [jnp.asarray(rng.normal(size=shape)) for shape in shapes]
-        x = jnp.asarray(rng.normal(size=(2, 4, 4, inputs)))
-        weights = jnp.asarray(rng.normal(size=(2, 4, 2, outputs)))
+        parameters = [rng.normal(size=shape) for shape in shapes]
+        x = rng.normal(size=(2, 4, 4, inputs))
+        weights = rng.normal(size=(2, 4, 2, outputs))
 
         @jax.jit
         def loss(*parameters):
             kernel = isometric_kernel(*parameters, window, inputs, outputs, strides)
             return jnp.sum(weights * isometric_conv(x, kernel, strides))
 
-        gradients = jax.grad(loss, argnums=(0, 1))(*parameters)
+        gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*parameters)
         for number, gradient in enumerate(gradients):
             for _ in range(3):
-                direction = jnp.asarray(rng.normal(size=gradient.shape))
+                direction = rng.normal(size=gradient.shape)
                 ends = []
                 for sign in (1e-6, -1e-6):
                     moved = list(parameters)
                     moved[number] = moved[number] + sign * direction
                     ends.append(loss(*moved))
                 slope = (ends[0] - ends[1]) / 2e-6
-                np.testing.assert_allclose(jnp.sum(gradient * direction), slope, rtol=1e-6)
-    assert all(jnp.isfinite(g).all() and jnp.abs(g).max() > 1e-3 for g in gradients)
+                np.testing.assert_allclose(np.sum(gradient * direction), slope, rtol=1e-6)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 1e-3 for g in gradients)
 
 
 def test_gradients_at_zero_parameters_are_finite():
     shapes = parameter_shapes((3, 3), 3, 4, (1, 1))
     loss = lambda *p: jnp.sum(isometric_kernel(*p, (3, 3), 3, 4, (1, 1)) ** 3)  # noqa: E731
-    gradients = jax.grad(loss, argnums=(0, 1))(*map(jnp.zeros, shapes))
-    assert all(jnp.isfinite(gradient).all() for gradient in gradients)
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))(*map(np.zeros, shapes))
+    assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
 def test_the_layer_keeps_norms_of_signals_and_cotangents():
@@ -145,20 +142,19 @@ def test_the_layer_keeps_norms_of_signals_and_cotangents():
     y, variables = jax.jit(layer.init_with_output)(jax.random.key(1), x)
     assert y.shape == (2, 3, 3, 12)
     assert sorted(variables["params"]) == ["bias", "mixing", "projectors"]
-    np.testing.assert_allclose(jnp.linalg.norm(y), jnp.linalg.norm(x), rtol=1e-5)
-    _, back = jax.vjp(lambda x: layer.apply(variables, x), x)
-    cotangent = jax.random.normal(jax.random.key(2), y.shape)
-    np.testing.assert_allclose(
-        jnp.linalg.norm(back(cotangent)[0]), jnp.linalg.norm(cotangent), rtol=1e-5
-    )
+    np.testing.assert_allclose(np.linalg.norm(y), np.linalg.norm(x), rtol=1e-5)
+    cotangent = np.random.default_rng(2).standard_normal(y.shape, np.float32)
+    back = jax.jit(lambda x, c: jax.vjp(lambda x: layer.apply(variables, x), x)[1](c)[0])
+    norms = [np.linalg.norm(a) for a in (back(x, cotangent), cotangent)]
+    np.testing.assert_allclose(*norms, rtol=1e-5)
 
 
 def test_the_layer_in_bfloat16():
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4), jnp.bfloat16)
-    y, variables = OrthogonalConv(4, (3, 3)).init_with_output(jax.random.key(1), x)
+    y, variables = jax.jit(OrthogonalConv(4, (3, 3)).init_with_output)(jax.random.key(1), x)
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
-    norms = [jnp.linalg.norm(a.astype(jnp.float32)) for a in (x, y)]
+    norms = [np.linalg.norm(np.asarray(a, np.float64)) for a in (x, y)]
     np.testing.assert_allclose(*norms, rtol=1e-2)
 
 

@@ -1,5 +1,7 @@
 """The error of a kernel, and the nearest orthonormal one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,17 @@ from orthojax.ortho import (
     orthonormality_error,
     project_orthonormal,
 )
+
+METHODS = pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+
+
+def draw(initializer, shape):
+    return jax.jit(lambda key: initializer(key, shape))(jax.random.key(1))
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def projected(kernel, method):
+    return project_orthonormal({"kernel": kernel}, method=method)["kernel"]
 
 
 def test_error_is_the_worst_group_of_the_worst_layer():
@@ -28,7 +41,7 @@ def test_error_is_the_worst_group_of_the_worst_layer():
 
 
 def test_initial_kernels_have_no_error_and_no_penalty():
-    params = {"kernel": orthonormal()(jax.random.key(1), (3, 3, 3, 64))}
+    params = {"kernel": draw(orthonormal(), (3, 3, 3, 64))}
     assert jax.jit(orthonormality_error)(params)["kernel"] < 1e-6
     assert jax.jit(ortho_penalty)(params) < 1e-10
 
@@ -51,7 +64,7 @@ def polar(matrix):
     return left @ right
 
 
-@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+@METHODS
 @pytest.mark.parametrize("grouping", ["ceil", "none"])
 def test_projection_is_the_polar_factor(method, grouping):
     draw = np.random.default_rng(2).normal
@@ -77,15 +90,12 @@ def test_projection_is_the_polar_factor(method, grouping):
 
 
 def test_projection_of_an_orthonormal_kernel_is_itself_and_keeps_dtypes():
-    kernel = orthonormal()(jax.random.key(3), (3, 3, 4, 8))
-    found = project_orthonormal({"kernel": kernel})["kernel"]
+    kernel = draw(orthonormal(), (3, 3, 4, 8))
+    found = projected(kernel, "newton_schulz")
     np.testing.assert_allclose(found, kernel, atol=1e-6)
-    low = project_orthonormal({"kernel": 3 * kernel.astype(jnp.bfloat16)})["kernel"]
+    low = projected(3 * kernel.astype(jnp.bfloat16), "newton_schulz")
     assert low.dtype == jnp.bfloat16
     np.testing.assert_allclose(low.astype(jnp.float32), kernel, atol=1e-2)
-
-
-METHODS = pytest.mark.parametrize("method", ["newton_schulz", "svd"])
 
 
 @METHODS
@@ -95,13 +105,8 @@ def test_projection_of_ill_conditioned_kernels(method):
     left, right = (np.linalg.qr(rng.normal(size=shape))[0] for shape in ((12, 6), (6, 6)))
     with jax.enable_x64(True):
         kernel = jnp.asarray((left * np.logspace(0, -3, 6)) @ right.T)
-        found = project_orthonormal({"kernel": kernel}, method=method)["kernel"]
+        found = projected(kernel, method)
     np.testing.assert_allclose(found, left @ right.T, atol=1e-11)
-
-
-def projected(kernel, method, **arguments):
-    project = jax.jit(lambda k: project_orthonormal({"kernel": k}, method=method, **arguments))
-    return project(kernel)["kernel"]
 
 
 @METHODS
@@ -186,7 +191,7 @@ def test_mean_correlation_is_equation_8(diagonal, absolute):
 
 
 def test_correlation_of_orthonormal_kernels_as_printed_is_that_of_the_diagonal():
-    params = {"kernel": orthonormal()(jax.random.key(2), (3, 3, 8, 20))}
+    params = {"kernel": draw(orthonormal(), (3, 3, 8, 20))}
     np.testing.assert_allclose(mean_correlation(params), 2 / 21, rtol=1e-4)
     assert abs(mean_correlation(params, diagonal=False)) < 1e-7
 

@@ -15,7 +15,6 @@ from orthojax import (
     init_site,
     modulate,
     modulation,
-    optax_ortho,
     orthonormality_error,
     project_orthonormal,
     scale_by_matrix_adam,
@@ -48,7 +47,7 @@ def random_like_params(seed, dtype=jnp.float32):
 
 @functools.cache
 def start():
-    return project_orthonormal(random_like_params(0))
+    return jax.jit(project_orthonormal)(random_like_params(0))
 
 
 @functools.cache
@@ -63,8 +62,14 @@ def step(params, gradient, method="polar", **arguments):
     return optax.apply_updates(params, updates)
 
 
-def worst(params, **arguments):
-    return jnp.max(jnp.stack(list(orthonormality_error(params, **arguments).values())))
+def few():
+    """A part of the parameters, where more of them would show nothing."""
+    return {name: start()[name] for name in ("tall", "norm")}
+
+
+@jax.jit
+def worst(params):
+    return jnp.max(jnp.stack(list(orthonormality_error(params).values())))
 
 
 # What the mathematics says, of one matrix in float64.
@@ -129,41 +134,48 @@ def test_one_step_is_that_of_the_reference(method):
 
 
 @all_methods
-@pytest.mark.parametrize("shape", [(3, 8), (2, 1, 2, 9)], ids=str)
-def test_rows_of_wide_kernels_without_groups(method, shape):
+def test_rows_of_wide_kernels_without_groups(method):
     rng = np.random.default_rng(2)
-    flat = np.linalg.qr(rng.normal(size=(shape[-1], int(np.prod(shape[:-1])))))[0]  # Wᵀ
-    params = {"kernel": jnp.asarray(flat.T.reshape(shape), jnp.float32)}
-    gradient = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
-    after = step(params, gradient, method, grouping="none")["kernel"].reshape(flat.shape[::-1]).T
-    g = np.asarray(gradient["kernel"], np.float64).reshape(flat.shape[::-1]).T
-    expected = REFERENCES[method](flat, -0.1 * tangent(flat, g))
-    np.testing.assert_allclose(after, expected, atol=3e-6)
+    flat, params, gradient = {}, {}, {}
+    for shape in ((3, 8), (2, 1, 2, 9)):
+        rows, columns = int(np.prod(shape[:-1])), shape[-1]
+        flat[shape] = np.linalg.qr(rng.normal(size=(columns, rows)))[0]  # Wᵀ
+        name = f"rank {len(shape)}"
+        params[name] = {"kernel": jnp.asarray(flat[shape].T.reshape(shape), jnp.float32)}
+        gradient[name] = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    after = step(params, gradient, method, grouping="none")
+    for shape, w in flat.items():
+        g, found = (
+            np.asarray(tree[f"rank {len(shape)}"]["kernel"], np.float64).reshape(w.shape[::-1]).T
+            for tree in (gradient, after)
+        )
+        expected = REFERENCES[method](w, -0.1 * tangent(w, g))
+        np.testing.assert_allclose(found, expected, atol=3e-6)
 
 
 @all_methods
 def test_error_of_a_thousand_steps(method):
     """Under 1e-5 in every one; of landing, under twice the square of its longest step."""
     tx = stiefel(optax.sgd(0.02, momentum=0.5), method)
+    normal = np.random.default_rng(0).standard_normal
+    gradients = jax.tree.map(
+        lambda leaf: normal((1000, *leaf.shape), np.float32) / max(leaf.shape), start()
+    )
 
-    def body(carry, key):
+    def body(carry, gradient):
         params, state = carry
-        keys = iter(jax.random.split(key, 99))
-        draw = lambda leaf: jax.random.normal(next(keys), leaf.shape)  # noqa: E731
-        gradient = jax.tree.map(lambda leaf: draw(leaf) / max(leaf.shape), params)
         updates, state = tx.update(gradient, state, params)
         # The square of the Frobenius norm of a block bounds that of the spectral norm.
         longest = jnp.max(jnp.stack([jnp.sum(u**2) for u in jax.tree.leaves(updates)]))
         params = optax.apply_updates(params, updates)
         return (params, state), (worst(params), longest)
 
-    keys = jax.random.split(jax.random.key(0), 1000)
-    run = jax.jit(lambda c: jax.lax.scan(body, c, keys))
-    (params, _), (errors, longest) = run((start(), tx.init(start())))
-    assert errors.shape == (1000,) and jnp.isfinite(errors).all()
+    run = jax.jit(functools.partial(jax.lax.scan, body))
+    (params, _), (errors, longest) = run((start(), tx.init(start())), gradients)
+    assert errors.shape == (1000,) and np.isfinite(errors).all()
     limit = 2 * float(longest.max()) if method == "landing" else 1e-5
     assert float(errors.max()) < limit
-    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), params, start())
+    moved = jax.tree.map(lambda a, b: np.max(np.abs(np.asarray(a) - b)), params, start())
     assert min(moved[name]["kernel"] for name in ("tall", "square", "wide", "conv")) > 0.05
 
 
@@ -209,8 +221,11 @@ def assignment(rng):
     return (5, 5), lambda w: jnp.sum((a @ w) * (w @ b)), optimum
 
 
-@all_methods
-@pytest.mark.parametrize("problem", [procrustes, pca, assignment])
+@pytest.mark.parametrize(
+    ("problem", "method"),
+    [*((problem, "polar") for problem in (procrustes, pca, assignment)), (pca, "qr")]
+    + [(procrustes, "pogo"), (assignment, "landing")],
+)
 def test_descent_to_the_known_optimum(problem, method):
     shape, objective, optimum = problem(np.random.default_rng(3))
     tx = stiefel(optax.sgd(0.2, momentum=0.8), method)
@@ -252,12 +267,13 @@ def test_gradient_and_step_are_tangent():
 
 def test_without_gradient_projection_inner_gets_the_gradient():
     params, gradient = start(), random_like_params(1)
-    tx = stiefel(optax.trace(0.0), "pogo", project_gradient=False)
-    _, state = jax.jit(tx.update)(gradient, tx.init(params), params)
-    chex.assert_trees_all_equal(state.inner_state.trace, gradient)
+    inner = optax.chain(optax.trace(0.0), optax.scale(-0.1))
+    tx = stiefel(inner, "pogo", project_gradient=False)
+    updates, state = jax.jit(tx.update)(gradient, tx.init(params), params)
+    chex.assert_trees_all_equal(state.inner_state[0].trace, gradient)
     # Of a linear optimizer without memory the step is the same.
-    plain = step(params, gradient, "pogo", project_gradient=False)
-    chex.assert_trees_all_close(plain, step(params, gradient, "pogo"), atol=1e-6)
+    after = optax.apply_updates(params, updates)
+    chex.assert_trees_all_close(after, step(params, gradient, "pogo"), atol=1e-6)
 
 
 @all_methods
@@ -271,17 +287,14 @@ def test_the_first_update_projects(method):
 
 @pytest.mark.parametrize("method", ["polar", "qr"])
 def test_steps_of_any_length(method):
-    tx, update = updater(method, 20.0)
     params = start()
-    state = tx.init(params)
     for seed in range(4):
-        updates, state = update(random_like_params(seed), state, params)
-        params = optax.apply_updates(params, updates)
+        gradient = jax.tree.map(lambda g: 200 * np.asarray(g), random_like_params(seed))
+        params = step(params, gradient, method)
         assert worst(params) < 1e-5
 
 
-@pytest.mark.parametrize("gradients", ["bfloat16", "float32"])
-@pytest.mark.parametrize("method", ["polar", "pogo"])
+@pytest.mark.parametrize(("method", "gradients"), [("polar", "bfloat16"), ("pogo", "float32")])
 def test_bfloat16_parameters_are_rounded_orthonormal_ones(method, gradients):
     """2⁻⁹ is the largest relative error of a rounding; errors of a column's entries average."""
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), start())
@@ -315,17 +328,6 @@ def test_mask_leaves_kernels_to_inner():
     )
 
 
-def test_decay_in_inner_does_nothing():
-    params, gradient = start(), random_like_params(1)
-    decay = optax.chain(optax.add_decayed_weights(0.5), optax_ortho(0.5), optax.sgd(0.1))
-    tx = stiefel(decay)
-    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
-    after = optax.apply_updates(params, updates)
-    expected = step(params, gradient)
-    for name in ("tall", "square", "wide", "conv"):
-        chex.assert_trees_all_close(after[name]["kernel"], expected[name]["kernel"], atol=2e-6)
-
-
 WRAPPED = {
     "inject_hyperparams": optax.inject_hyperparams(lambda rate: stiefel(optax.sgd(rate)))(0.1),
     "apply_if_finite": optax.apply_if_finite(stiefel(optax.sgd(0.1)), 3),
@@ -341,7 +343,8 @@ WRAPPED = {
 
 @pytest.mark.parametrize("tx", WRAPPED.values(), ids=WRAPPED)
 def test_wrappers_of_optax(tx):
-    params, gradient = start(), random_like_params(1)
+    params = few()
+    gradient = jax.tree.map(jnp.cos, params)
     state = tx.init(params)
     update = jax.jit(tx.update)
     updates, state = update(gradient, state, params)
@@ -354,7 +357,7 @@ def test_wrappers_of_optax(tx):
 
 def test_attraction_may_be_injected():
     tx = optax.inject_hyperparams(lambda a: stiefel(optax.sgd(0.1), "landing", attraction=a))(0.25)
-    params = jax.tree.map(lambda x: x, start())
+    params = jax.tree.map(lambda x: x, few())
     params["tall"]["kernel"] = 1.01 * params["tall"]["kernel"]
     state = tx.init(params)
     inner = state.inner_state._replace(count=jnp.ones([], jnp.int32))  # after the first update
@@ -362,14 +365,6 @@ def test_attraction_may_be_injected():
     updates, _ = jax.jit(tx.update)(zero, state._replace(inner_state=inner), params)
     after = optax.apply_updates(params, updates)["tall"]["kernel"]
     np.testing.assert_allclose(jnp.linalg.norm(after, axis=0), 1.005, atol=1e-4)
-
-
-def test_nothing_changes_if_the_gradient_is_not_finite():
-    tx = WRAPPED["apply_if_finite"]
-    params = start()
-    gradient = jax.tree.map(lambda x: x * jnp.nan, params)
-    updates, _ = jax.jit(tx.update)(gradient, tx.init(params), params)
-    chex.assert_trees_all_equal(optax.apply_updates(params, updates), params)
 
 
 def test_inside_modulation():
@@ -383,14 +378,18 @@ def test_inside_modulation():
 
     tx = modulation(stiefel(optax.sgd(0.1, momentum=0.9)))
     state = tx.init(params)
-    update = jax.jit(tx.update)
     x = jax.random.normal(jax.random.key(0), (4, 6))
+
+    @jax.jit
+    def train_step(params, state):
+        value, gradient = jax.value_and_grad(loss)(params, x)
+        updates, state = tx.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, value
+
     losses = []
     for _ in range(20):
-        value, gradient = jax.value_and_grad(loss)(params, x)
+        params, state, value = train_step(params, state)
         losses.append(float(value))
-        updates, state = update(gradient, state, params)
-        params = optax.apply_updates(params, updates)
         assert worst(params) < 1e-5
     assert losses[-1] < losses[1]
 
@@ -427,16 +426,15 @@ def test_base_optimizers_descend_on_the_manifold(inner):
 def test_the_second_call_does_not_compile():
     tx = stiefel(optax.sgd(0.1, momentum=0.9))
     update = jax.jit(chex.assert_max_traces(tx.update, 1))
-    params = start()
+    params = few()
     state = tx.init(params)
-    for seed in range(2):
-        updates, state = update(random_like_params(seed), state, params)
+    for _ in range(2):
+        updates, state = update(jax.tree.map(jnp.cos, params), state, params)
         params = optax.apply_updates(params, updates)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("method", ["polar", "landing"])
-def test_sharded_parameters_stay_sharded(method, axis_type):
+def test_sharded_parameters_stay_sharded(axis_type):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     rng = np.random.default_rng(7)
     specs = {
@@ -453,10 +451,9 @@ def test_sharded_parameters_stay_sharded(method, axis_type):
         }
         for name, leaves in values.items()
     }
-    tx = stiefel(optax.sgd(0.1), method)
-    results = [
-        jax.jit(tx.update)(jax.tree.map(jnp.cos, p), tx.init(p), p)[0] for p in (placed, values)
-    ]
+    tx = stiefel(optax.sgd(0.1))
+    update = jax.jit(lambda p: tx.update(jax.tree.map(jnp.cos, p), tx.init(p), p)[0])
+    results = [update(p) for p in (placed, values)]
     for found, expected, param in zip(*map(jax.tree.leaves, (*results, placed)), strict=True):
         assert found.sharding.is_equivalent_to(param.sharding, found.ndim)
         np.testing.assert_allclose(found, expected, atol=5e-6)

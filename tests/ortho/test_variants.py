@@ -1,6 +1,7 @@
 """Every variant against `jax.grad` of an independent float64 penalty, and one common suite."""
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -19,10 +20,9 @@ from orthojax.ortho import (
     MutualCoherence,
     optax_ortho,
     ortho_penalty,
-    orthonormality_error,
 )
 
-SHAPES = [(7, 5), (5, 12), (3, 2, 4, 6)]
+SHAPES = [(5, 12), (3, 2, 4, 6)]
 
 
 def excess(matrix):
@@ -72,24 +72,33 @@ def reference(name, kernel, coefficient):
     return coefficient / 2 * sum(PENALTIES[name](group) for group in groups)
 
 
+@functools.cache
+def compiled(coefficient, variant, axes=None, **arguments):
+    """Of a kernel: the gradient in closed form, and the penalty with its gradient by autodiff."""
+    arguments |= {"variant": variant} | ({"view": {"kernel": axes}} if axes else {})
+    ortho = optax_ortho(coefficient, **arguments)
+
+    def update(kernel):
+        params = {"kernel": kernel}
+        zeros = {"kernel": jnp.zeros_like(kernel)}
+        return ortho.update(zeros, ortho.init(params), params)[0]["kernel"]
+
+    def penalty(kernel):
+        return ortho_penalty({"kernel": kernel}, coefficient, **arguments)
+
+    return jax.jit(update), jax.jit(jax.value_and_grad(penalty))
+
+
 def closed_form(kernel, coefficient, variant, **arguments):
-    ortho = optax_ortho(coefficient, variant=variant, **arguments)
-    params = {"kernel": kernel}
+    return compiled(coefficient, variant, **arguments)[0](kernel)
 
-    def update(params):
-        return ortho.update(jax.tree.map(jnp.zeros_like, params), ortho.init(params), params)[0]
 
-    return jax.jit(update)(params)["kernel"]
+def penalty_of(kernel, variant, **arguments):
+    return compiled(2.0, variant, **arguments)[1](kernel)[0]
 
 
 def draw(initializer, key, shape):
     return jax.jit(lambda key: initializer(key, shape))(key)
-
-
-def penalty_of(kernel, variant, coefficient=2.0, **arguments):
-    return jax.jit(
-        lambda k: ortho_penalty({"kernel": k}, coefficient, variant=variant, **arguments)
-    )(kernel)
 
 
 def relative(found, expected):
@@ -105,9 +114,7 @@ def test_gradient_is_that_of_the_float64_penalty(name, shape, record_property):
         kernel = jnp.asarray(values)
         expected, gradient = jax.jit(jax.value_and_grad(lambda k: reference(name, k, 0.3)))(kernel)
         exact = closed_form(kernel, 0.3, name)
-        penalty, through_autodiff = jax.jit(
-            jax.value_and_grad(lambda k: ortho_penalty({"kernel": k}, 0.3, variant=name))
-        )(kernel)
+        penalty, through_autodiff = compiled(0.3, name)[1](kernel)
         assert exact.dtype == penalty.dtype == jnp.float64
     single = closed_form(jnp.asarray(values, jnp.float32), 0.3, name)
     errors = {
@@ -133,8 +140,8 @@ def test_strided_convolution(shape, stride):
         expected, gradient = jax.jit(jax.value_and_grad(lambda k: conv_reference(k, stride)))(
             kernel
         )
-        found = closed_form(kernel, 2.0, "conv", view={"kernel": axes})
-        penalty = penalty_of(kernel, "conv", view={"kernel": axes})
+        found = closed_form(kernel, 2.0, "conv", axes=axes)
+        penalty = penalty_of(kernel, "conv", axes=axes)
     assert relative(found, gradient) < 1e-13
     assert relative(penalty, expected) < 1e-13
 
@@ -162,7 +169,7 @@ def test_conv_is_the_distance_of_the_operator_itself(channels, stride):
         small = operator @ operator.T
     places = (6 // stride) ** 2
     distance = np.sum((small - np.eye(len(small))) ** 2) / places
-    found = penalty_of(kernel, "conv", view={"kernel": axes})
+    found = penalty_of(kernel, "conv", axes=axes)
     np.testing.assert_allclose(found, distance, rtol=1e-5)
 
 
@@ -183,47 +190,6 @@ def test_zero_gradient_at_the_minima(name):
         penalty = float(penalty_of(kernel, name))
         floor = abs(math.prod(shape[:-1]) - shape[-1]) if name == "double" else 0
         np.testing.assert_allclose(penalty, floor, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_descent_from_a_random_kernel_reaches_a_minimum(name):
-    shape = (2, 2, 2, 6)
-    kernel = jax.random.normal(jax.random.key(2), shape) / np.sqrt(8)
-    ortho = optax_ortho(1.0, variant=name)
-    start = penalty_of(kernel, name)
-    floor = 2.0 if name == "double" else 0.0
-
-    def step(_, params):
-        updates, _ = ortho.update(jax.tree.map(jnp.zeros_like, params), (), params)
-        return jax.tree.map(lambda p, u: p - 0.05 * u, params, updates)
-
-    end = jax.jit(lambda p: jax.lax.fori_loop(0, 3000, step, p))({"kernel": kernel})
-    penalty = penalty_of(end["kernel"], name) - floor
-    assert start - floor > 0.1
-    assert penalty < 1e-6
-    if name in ("frobenius", "double", "mutual_coherence", "srip"):
-        assert orthonormality_error(end)["kernel"] < 1e-3
-
-
-@pytest.mark.parametrize("name", ["frobenius", "double", "srip", "conv"])
-def test_invariance_under_rotation_of_the_outputs(name):
-    kernel = jax.random.normal(jax.random.key(3), (3, 3, 2, 8)) / 4
-    rotation = draw(orthonormal(), jax.random.key(4), (8, 8))
-    penalty = penalty_of(kernel, name)
-    rotated = penalty_of(kernel @ rotation, name)
-    np.testing.assert_allclose(rotated, penalty, rtol=1e-5)
-    gradient = closed_form(kernel, 1.0, name)
-    np.testing.assert_allclose(
-        closed_form(kernel @ rotation, 1.0, name), gradient @ rotation, atol=2e-5
-    )
-
-
-@pytest.mark.parametrize("name", ["mutual_coherence", "cosine"])
-def test_no_invariance_where_none_is_claimed(name):
-    kernel = jax.random.normal(jax.random.key(3), (18, 8)) / 4
-    rotation = draw(orthonormal(), jax.random.key(4), (8, 8))
-    penalties = [float(penalty_of(k, name)) for k in (kernel, kernel @ rotation)]
-    assert abs(penalties[0] - penalties[1]) > 1e-3 * penalties[0]
 
 
 def test_cosine_does_not_see_norms_and_has_no_pull_on_empty_columns():
@@ -298,13 +264,6 @@ def test_float32_kernels_stay_float32_where_float64_is_enabled(name):
             kernel,
         )
     assert [shape.dtype for shape in shapes] == [jnp.float32] * 3
-
-
-def test_the_closed_form_of_the_paper():
-    kernel = np.random.default_rng(3).normal(size=(8, 4))
-    with jax.enable_x64(True):
-        found = closed_form(jnp.asarray(kernel), 0.1, "frobenius")
-    np.testing.assert_allclose(found, 0.2 * kernel @ (kernel.T @ kernel - np.eye(4)), rtol=1e-13)
 
 
 def test_unknown_names_are_errors():

@@ -98,13 +98,15 @@ def test_round_trip_is_bitwise(two_checkpoints):
 
 def test_shardings_are_those_asked_for(tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    saved = jax.device_put(jnp.arange(32.0), NamedSharding(mesh, PartitionSpec("data")))
-    wanted = jax.device_put(saved, NamedSharding(mesh, PartitionSpec()))
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"kernel": saved}, {}, wait=True)
-        for kernel in (saved, wanted):
-            restored = checkpointer.restore_latest(abstract({"kernel": kernel}))
-            assert_same_bits(restored.state, {"kernel": kernel})
+    split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (["data"], []))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kernels = [jax.device_put(np.arange(32.0, dtype="f4"), where) for where in (split, whole, one)]
+    for number, saved in enumerate(kernels):
+        with Checkpointer(tmp_path / str(number)) as checkpointer:
+            checkpointer.save(1, {"kernel": saved}, {}, wait=True)
+            for kernel in kernels:
+                restored = checkpointer.restore_latest(abstract({"kernel": kernel}))
+                assert_same_bits(restored.state, {"kernel": kernel})
 
 
 def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
@@ -286,7 +288,9 @@ def test_kill_during_saves_leaves_a_usable_checkpoint(tmp_path):
         for name in "abcd"
     }
     interrupted = 0
-    for delay in (0.005, 0.02, 0.06, 0.11, 0.17):
+    for delay in (0.02, 0.06, 0.11, 0.005, 0.17, 0.04, 0.08):
+        if interrupted == 2:
+            break
         process = subprocess.Popen(
             [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE
         )

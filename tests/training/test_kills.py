@@ -1,4 +1,4 @@
-"""kill -9 at random moments loses nothing. Minutes long: `pytest -m slow tests/test_kills.py`."""
+"""kill -9 at random moments loses nothing. Minutes long: `pytest -m slow`, and this file."""
 
 import os
 import pathlib

@@ -7,11 +7,11 @@ import pytest
 from flax import linen as nn
 
 from orthojax import mean_correlation
-from orthojax.configs import digits_plain110
 from orthojax.models import BatchNorm, ImageNetResNet, PlainNet, in_order, unstack_blocks
-from orthojax.sites import SITE
+from orthojax.sites import SITE, is_site
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
+from tests.training.tiny import programs_shared, tiny_config
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,17 @@ def fill(shape):
     return np.zeros(shape.shape)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def shared():
+    yield from programs_shared()
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Metrics of the same run on four devices, watched and not."""
     found = []
-    for every in (0, 3):
-        config = digits_plain110.get_config("depth=8,steps=7")
-        config.model.width, config.batch_size, config.observe_every = 4, 32, every
-        config.log_every, config.mesh = 1, {"data": 2, "fsdp": 2}
+    for every in (0, 2):
+        config = tiny_config(5, log_every=1, observe_every=every, mesh={"data": 2, "fsdp": 2})
         workdir = tmp_path_factory.mktemp("run") / "run"
         train_and_evaluate(config, workdir)
         found.append(read_metrics(workdir))
@@ -62,7 +65,7 @@ def test_watching_changes_nothing(runs):
 
 def test_what_is_recorded(runs):
     records = [record for record in runs[1] if record["kind"] == "layers"]
-    assert [record["step"] for record in records] == [3, 6]
+    assert [record["step"] for record in records] == [2, 4]
     for record in records:
         assert len(record["second_moment"]) == len(record["scale"]) == 7  # convolutions
         assert min(record["second_moment"]) > 0 and record["scale"][-1] == 1  # the top's
@@ -73,10 +76,24 @@ def test_what_is_recorded(runs):
         assert record["correlation_absolute"] >= abs(record["correlation_off_diagonal"])
 
 
+def drawn(net, images):
+    """Variables as a net may have them, without compiling its initialization."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if is_site(path):
+            return np.zeros(leaf.shape, np.float32)
+        low = 0.5 if path[-1].key in ("scale", "var") else -0.5
+        return rng.uniform(low, 1, leaf.shape).astype(np.float32)
+
+    shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), images)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 def test_moments_are_those_of_the_cotangents():
     """The recorded second moments against the cotangents that autodiff itself gives."""
     net = PlainNet(depth=8, width=4, num_classes=3, modulated=True)
-    images = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
+    images = np.random.default_rng(1).normal(size=(4, 8, 8, 1)).astype(np.float32)
 
     def loss(params, taps):
         def tap(call, args, kwargs, context):
@@ -91,8 +108,11 @@ def test_moments_are_those_of_the_cotangents():
         return jnp.sum(jnp.sin(logits))
 
     net = net.clone(scan=False)
-    variables = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()
-    taps = [jnp.zeros((4, s, s, c)) for s, c in ((8, 4),) * 3 + ((4, 8),) * 2 + ((2, 16),) * 2]
+    variables = drawn(net, images)
+    taps = [
+        np.zeros((4, s, s, c), np.float32)
+        for s, c in ((8, 4),) * 3 + ((4, 8),) * 2 + ((2, 16),) * 2
+    ]
     grads, cotangents = jax.jit(jax.grad(loss, argnums=(0, 1)))(variables["params"], taps)
     found = [leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
     expected = [np.mean(np.square(np.asarray(c, np.float64))) for c in cotangents]
@@ -100,8 +120,7 @@ def test_moments_are_those_of_the_cotangents():
 
 
 def test_correlation_of_a_scanned_net_is_that_of_its_unrolled_twin():
-    net = PlainNet(depth=14, width=4, num_classes=3)
-    images = jnp.ones((1, 8, 8, 1))
-    params = jax.jit(lambda: net.init(jax.random.key(0), images, train=False))()["params"]
+    net = PlainNet(depth=14, width=2, num_classes=3)
+    params = drawn(net, np.ones((1, 8, 8, 1), np.float32))["params"]
     correlation = jax.jit(mean_correlation)
     np.testing.assert_allclose(correlation(params), correlation(unstack_blocks(params)), rtol=1e-5)

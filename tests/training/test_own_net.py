@@ -14,9 +14,10 @@ from orthojax.errors import ConfigError
 from orthojax.launch import overrides
 from orthojax.modulator import find_state
 from orthojax.sites import SITE
-from orthojax.training.compiled import compile_steps
+from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
+from tests.training.tiny import programs_shared, tiny_config
 
 
 class ConvNet(nn.Module):
@@ -28,7 +29,7 @@ class ConvNet(nn.Module):
     @nn.compact
     def __call__(self, images, train):
         x = images
-        for _ in range(3):
+        for _ in range(2):
             x = nn.Conv(self.features, (3, 3))(x)
             x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
         x = nn.Dropout(0.1, deterministic=not train)(x.mean((1, 2)))
@@ -58,28 +59,30 @@ class Sideways(nn.Module):
 no_module = dict
 
 
-def config_of(net, *, modulated=True, steps=12, **arguments):
-    config = digits_plain110.get_config(f"depth=8,steps={steps}")
+def config_of(net, *, modulated=True, steps=4, **arguments):
+    config = tiny_config(steps, checkpoint_every=2)
     config.model = ConfigDict({"name": f"{__name__}:{net}", **arguments})
     config.optimizer.learning_rate = 0.05
-    config.eval_every = config.checkpoint_every = 6
-    config.mesh.data = 1
     if not modulated:
         with config.ignore_type():
             config.modulation = None
     return config
 
 
-@pytest.mark.parametrize("modulated", [True, False])
-@pytest.mark.parametrize("net", ["ConvNet", "Linear"])
+@pytest.fixture(scope="module", autouse=True)
+def shared():
+    yield from programs_shared()
+
+
+@pytest.mark.parametrize(("net", "modulated"), [("ConvNet", True), ("Linear", False)])
 def test_it_trains_resumes_and_loads(net, modulated, tmp_path):
     config = config_of(net, modulated=modulated)
     whole = train_and_evaluate(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     (tmp_path / "stopped" / "summary.json").unlink()
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "12")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
     again = train_and_evaluate(config, tmp_path / "stopped")
-    assert (again["resumed_from_step"], again["test_loss"]) == (6, whole["test_loss"])
+    assert (again["resumed_from_step"], again["test_loss"]) == (2, whole["test_loss"])
     loaded = orthojax.load(tmp_path / "whole", "latest")
     found = loaded.predict(np.zeros((2, 8, 8, 1), np.uint8))
     assert found.shape == (2, 10)
@@ -89,15 +92,17 @@ def test_it_trains_resumes_and_loads(net, modulated, tmp_path):
 
 def test_it_learns(tmp_path):
     config = config_of("Linear", steps=80)
+    config.checkpoint_every, config.batch_size = 80, 128
     assert train_and_evaluate(config, tmp_path)["test_accuracy"] > 0.6
 
 
 def test_every_layer_but_the_last_is_modulated():
     experiment = build(config_of("ConvNet"))
-    state = compile_steps(experiment).init()
+    assert experiment.net.net.num_classes == 10  # the data set's
+    state = abstract_state(experiment)
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)]
-    assert sum(SITE in path for path in paths) == 4
-    assert len(find_state(state.opt_state).moments) == 4
+    assert sum(SITE in path for path in paths) == 3
+    assert len(find_state(state.opt_state).moments) == 3
 
 
 def test_the_command_line_takes_its_name_and_its_arguments():
@@ -108,10 +113,6 @@ def test_the_command_line_takes_its_name_and_its_arguments():
     )
     assert config.model.to_dict() == {"name": f"{__name__}:Linear", "classes": 12}
     assert "depth, " in notes[0] and "dropped" in notes[0]
-
-
-def test_its_number_of_classes_is_the_data_sets():
-    assert build(config_of("ConvNet", modulated=False)).net.num_classes == 10
 
 
 @pytest.mark.parametrize(

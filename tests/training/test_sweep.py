@@ -124,29 +124,43 @@ def test_what_another_process_trains_is_waited_for_and_others_go_first(
     assert list(results) == ["a", "b"]
 
 
+def short_jobs(directory):
+    return {i: sweep.over_seeds(config(), directory / str(i), (0, 1)) for i in range(2)}
+
+
 WORKER = """
-import pathlib, sys
-from orthojax.configs import digits_plain110
-from orthojax.training.sweep import over_seeds, work
-config = digits_plain110.get_config("depth=8,steps=30")
-config.model.width, config.batch_size, config.mesh.data = 4, 32, 1
-jobs = {i: over_seeds(config, pathlib.Path(sys.argv[1]) / str(i), (0, 1)) for i in range(2)}
-print(sum(len(records) for records in work(jobs).values()))
+import pathlib, sys, time
+from orthojax.training import sweep
+from tests.training import test_sweep
+
+def train(config, workdir):
+    test_sweep.claim(workdir, config)
+    print(workdir, flush=True)
+    time.sleep(0.5)
+    with test_sweep.MetricWriter(workdir) as writer:
+        writer.write(config.steps, "train", loss=1.0)
+    return {"test_accuracy": 0.5, "seconds": 1.0}
+
+sweep.train_and_evaluate = train
+sweep.POLL_SECONDS = 0.1
+results = sweep.work(test_sweep.short_jobs(pathlib.Path(sys.argv[1])))
+print(sum(len(records) for records in results.values()))
 """
 
 
-def test_two_processes_share_the_runs(tmp_path):
+def test_two_processes_share_the_runs(trained, tmp_path, monkeypatch):
+    """The other one holds each of its runs for a while; this one begins in the midst of one."""
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.1)
     command = [sys.executable, "-c", WORKER, str(tmp_path)]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=300) for process in processes]
-    assert [out for out, _ in outputs] == ["4\n", "4\n"], outputs
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        begun = other.stdout.readline().strip()
+        results = sweep.work(short_jobs(tmp_path), stream=io.StringIO())
+        *more, count = other.communicate(timeout=60)[0].split()
+    assert count == "4" and [len(records) for records in results.values()] == [2, 2]
+    assert begun.startswith(str(tmp_path / "0"))
     starts = [json.loads(path.read_text()) for path in tmp_path.glob("*/*/environment.json")]
     assert len(starts) == 4 and all(len(entries) == 1 for entries in starts)
+    assert len(more) < 3  # the other one did not train them all
     assert len(list(tmp_path.glob("*/*/record.json"))) == 4
 
 

@@ -6,36 +6,33 @@ import PIL.Image
 import pytest
 
 import orthojax
-from orthojax.configs import digits_plain110
 from orthojax.errors import WorkdirError
 from orthojax.ortho.paths import path_name
 from orthojax.sites import is_site
-from orthojax.training.compiled import compile_steps
+from orthojax.training import train
+from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
 from orthojax.training.trained import read_trained
 from orthojax.training.transfer import take_over
+from tests.training.tiny import programs_shared, tiny_config
 
 
-def config_of(**model):
-    config = digits_plain110.get_config("depth=8,steps=30")
-    config.model.width, config.batch_size = 4, 32
-    config.eval_every = config.checkpoint_every = 15
-    config.mesh.data = 1
-    config.model.update(model)
-    return config
+@pytest.fixture(scope="module", autouse=True)
+def shared():
+    yield from programs_shared()
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("first")
-    train_and_evaluate(config_of(), workdir)
+    train_and_evaluate(tiny_config(), workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
 def state():
-    return compile_steps(build(config_of())).init()
+    return train.compile_steps(build(tiny_config())).init()
 
 
 def leaves(tree):
@@ -74,29 +71,43 @@ def test_with_other_classes_the_head_is_fresh_and_no_more(first, state):
     assert told.startswith("head/bias and head/kernel fresh (10 classes here, 10 there)")
 
 
+def test_a_head_of_another_size_is_fresh(first, state):
+    fewer = {"kernel": np.ones((16, 2), np.float32), "bias": np.ones(2, np.float32)}
+    fewer = jax.device_put(fewer, state.params["head"]["bias"].sharding)
+    taken, _ = take_over(
+        state.replace(params={**state.params, "head": fewer}), read_trained(first), ("x", "y")
+    )
+    assert {name: leaf.shape for name, leaf in taken.params["head"].items()} == {
+        "kernel": (16, 2),
+        "bias": (2,),
+    }
+
+
 def test_another_net_is_refused_by_the_name_of_a_parameter(first):
-    wider = compile_steps(build(config_of(width=8))).init()
+    config = tiny_config()
+    config.model.width = 8
     source = read_trained(first)
     with pytest.raises(WorkdirError, match=r"parameter \S+ is \[.*\] in that run, and \["):
-        take_over(wider, source, source.class_names)
+        take_over(abstract_state(build(config)), source, source.class_names)
 
 
 def test_it_starts_where_the_other_run_was_and_resumes_as_itself(first, tmp_path, capfd):
-    config = config_of()
+    config = tiny_config()
     config.optimizer.learning_rate = 0.0
     with config.unlocked():
         config.init_from = str(first)
-    summary = train_and_evaluate(config, tmp_path / "second")
+    train_and_evaluate(config, tmp_path / "second")
     assert "begins as step " in capfd.readouterr().err
     kernel = read_trained(first).variables["params"]["head"]["kernel"]
     again = orthojax.load(tmp_path / "second").variables["params"]["head"]["kernel"]
     np.testing.assert_array_equal(kernel, again)
-    config.steps = 34
+    config.steps = 14
     summary = train_and_evaluate(config, tmp_path / "second")
-    assert summary["resumed_from_step"] == 30
+    assert summary["resumed_from_step"] == 12
     assert "begins as step " not in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_to_pictures_of_other_classes(tmp_path):
     """From three classes to two, on pictures of one's own."""
     pytest.importorskip("grain")
@@ -111,12 +122,12 @@ def test_to_pictures_of_other_classes(tmp_path):
                 for index in range(4):
                     pixels = rng.integers(0, 80, (20, 20, 3)) + 80 * (np.arange(3) == label)
                     PIL.Image.fromarray(pixels.astype(np.uint8)).save(place / f"{index}.png")
-    config = config_of()
+    config = tiny_config()
     config.batch_size = 4
     with config.unlocked(), config.ignore_type():
         config.dataset = {"name": "folder", "resize": 18, "crop": 16, "workers": 0}
         config.dataset.data_dir = str(tmp_path / "first")
-        config.steps = 20
+        config.steps = 4
         train_and_evaluate(config, tmp_path / "one")
         config.dataset.data_dir = str(tmp_path / "second")
         config.init_from = str(tmp_path / "one")
@@ -127,7 +138,7 @@ def test_to_pictures_of_other_classes(tmp_path):
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path):
-    config = config_of()
+    config = tiny_config()
     with config.unlocked():
         config.init_from = str(tmp_path / "none")
     with pytest.raises(WorkdirError, match="none holds no run"):
