@@ -6,28 +6,17 @@ import sys
 
 import numpy as np
 
-from orthojax.configs import digits_plain110
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
+from tests.parallel import small_config
 from tests.parallel.own_processes import ENVIRONMENT, ROOT
-
-SETTINGS = {"batch_size": 32, "log_every": 1, "eval_every": 10, "checkpoint_every": 5}
-
-
-def tiny_config():
-    config = digits_plain110.get_config("depth=8,steps=20")
-    config.model.width, config.mesh.data = 4, 1
-    config.update(SETTINGS)
-    return config
 
 
 def launch(workdir, *overrides, devices, preempt=None):
-    """The tiny config on two processes; after the line with `preempt` comes a SIGTERM."""
+    """The small config on two processes; after the line with `preempt` comes a SIGTERM."""
     command = [sys.executable, str(ROOT / "launch" / "local_processes.py"), "--processes=2"]
     command += [f"--devices-per-process={devices}", "--"]
-    command += [f"--config={ROOT / 'configs' / 'digits_plain110.py'}:depth=8,steps=20"]
-    command += [f"--config.{key}={value}" for key, value in SETTINGS.items()]
-    command += ["--config.model.width=4", f"--workdir={workdir}", *overrides]
+    command += [f"--config={small_config.__file__}", f"--workdir={workdir}", *overrides]
     process = subprocess.Popen(
         command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -42,7 +31,7 @@ def launch(workdir, *overrides, devices, preempt=None):
 
 def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, capsys):
     """2 processes × 2 devices, then 1 × 1: as if nothing had happened."""
-    train_and_evaluate(tiny_config(), tmp_path / "undisturbed")
+    train_and_evaluate(small_config.get_config(), tmp_path / "undisturbed")
     undisturbed = read_metrics(tmp_path / "undisturbed")
     workdir = tmp_path / "run"
     meshes = ("--config.mesh.data=2", "--config.mesh.fsdp=2")
@@ -56,7 +45,7 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, capsys)
     assert {r["step"] for r in read_metrics(workdir)} == set(range(1, max(saved) + 1))
 
     capsys.readouterr()
-    train_and_evaluate(tiny_config(), workdir)
+    train_and_evaluate(small_config.get_config(), workdir)
     assert f"from step {max(saved)}" in "".join(capsys.readouterr())
     found = read_metrics(workdir)
     assert [(r["step"], r["kind"]) for r in found] == [(r["step"], r["kind"]) for r in undisturbed]
@@ -71,7 +60,7 @@ def test_a_refusal_of_process_0_reaches_everybody(tmp_path):
     workdir = tmp_path / "occupied"
     workdir.mkdir()
     (workdir / "thesis.tex").write_text("not a run")
-    code, output = launch(workdir, devices=1)
+    code, output = launch(workdir, "--config.mesh.data=2", devices=1)
     assert code == 2, output
     assert "error: " in output and "holds no run" in output
     assert "[1] error: process 0 says: " in output
