@@ -8,9 +8,10 @@ from flax import linen as nn
 
 from orthojax import mean_correlation
 from orthojax.models import BatchNorm, ImageNetResNet, PlainNet, in_order, unstack_blocks
-from orthojax.sites import SITE, is_site
+from orthojax.sites import SITE
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
+from tests.models.small_nets import filled_variables
 from tests.training.tiny import programs_shared, tiny_config
 
 
@@ -76,20 +77,6 @@ def test_what_is_recorded(runs):
         assert record["correlation_absolute"] >= abs(record["correlation_off_diagonal"])
 
 
-def drawn(net, images):
-    """Variables as a net may have them, without compiling its initialization."""
-    rng = np.random.default_rng(0)
-
-    def draw(path, leaf):
-        if is_site(path):
-            return np.zeros(leaf.shape, np.float32)
-        low = 0.5 if path[-1].key in ("scale", "var") else -0.5
-        return rng.uniform(low, 1, leaf.shape).astype(np.float32)
-
-    shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x, train=False), images)
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def test_moments_are_those_of_the_cotangents():
     """The recorded second moments against the cotangents that autodiff itself gives."""
     net = PlainNet(depth=8, width=4, num_classes=3, modulated=True)
@@ -108,7 +95,7 @@ def test_moments_are_those_of_the_cotangents():
         return jnp.sum(jnp.sin(logits))
 
     net = net.clone(scan=False)
-    variables = drawn(net, images)
+    variables = filled_variables(net, images)
     taps = [
         np.zeros((4, s, s, c), np.float32)
         for s, c in ((8, 4),) * 3 + ((4, 8),) * 2 + ((2, 16),) * 2
@@ -121,6 +108,6 @@ def test_moments_are_those_of_the_cotangents():
 
 def test_correlation_of_a_scanned_net_is_that_of_its_unrolled_twin():
     net = PlainNet(depth=14, width=2, num_classes=3)
-    params = drawn(net, np.ones((1, 8, 8, 1), np.float32))["params"]
+    params = filled_variables(net, np.ones((1, 8, 8, 1), np.float32))["params"]
     correlation = jax.jit(mean_correlation)
     np.testing.assert_allclose(correlation(params), correlation(unstack_blocks(params)), rtol=1e-5)
