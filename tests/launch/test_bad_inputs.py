@@ -45,7 +45,7 @@ BAD_VALUES = {
     "schedule.warmup_steps": ("-1", "41", "1e9", "1.5", "nan", "None", "few"),
     "schedule.boundaries": NO_PARTS,
     "model.bn_bias": (*NO_NUMBER, "1e30", "-101"),
-    "dtype": (*NO_NAME, "float16", "float64", "int32", "bool", "complex64"),
+    "dtype": (*NO_NAME, "float64", "int32", "bool", "complex64"),
     **dict.fromkeys(("model.name", "model.kernel_init", "model.remat", "dataset.name"), NO_NAME),
     **dict.fromkeys(("optimizer.name", "schedule.name", "regularizer.name"), NO_NAME),
     **dict.fromkeys(("regularizer.variant", "regularizer.grouping"), NO_NAME),
