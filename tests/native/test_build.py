@@ -36,11 +36,16 @@ def convolve():
     return float(convolution(x).sum()), "orthojax_" in convolution.lower(x).as_text()
 
 
-def test_without_a_compiler_one_line_says_so(tmp_path, monkeypatch, warnings):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CXX", "")
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [("", "there is no C++ compiler"), ("g++-0 -O3", "there is no g++-0, which $CXX names")],
+)
+def test_without_a_compiler_one_line_says_so(named, told, tmp_path, monkeypatch, warnings):
+    if not named:
+        monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", named)
     assert convolve() == (ANSWER, False)
-    assert len(warnings()) == 1 and "there is no C++ compiler" in warnings()[0]
+    assert len(warnings()) == 1 and told in warnings()[0]
 
 
 def test_a_failing_compiler_is_told_of(tmp_path, monkeypatch, warnings):

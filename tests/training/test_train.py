@@ -361,7 +361,7 @@ def test_workdir_of_another_config_is_refused_and_untouched(finished):
         ({"seed": -1}, ConfigError, "`seed` is -1"),
         ({"seed": 2**32}, ConfigError, "`seed` is 4294967296"),
         ({"keep_checkpoints": 0}, ConfigError, "`keep_checkpoints` is 0"),
-        ({"dtype": "float16", "modulation": None}, ConfigError, "float16.*`loss_scale`.*bfloat16"),
+        ({"dtype": "f2", "modulation": None}, ConfigError, "float16.*`loss_scale`.*bfloat16"),
         ({"dtype": "float64"}, ConfigError, "`dtype` is float64"),
         ({"dtype": "int32"}, ConfigError, "`dtype` is int32"),
         ({"model.width": 0}, ConfigError, "`model.width` is 0"),
