@@ -122,3 +122,19 @@ def test_growth_of_a_normalized_tanh(layers):
 def test_what_is_out_of_range_is_named(rule, arguments, name):
     with pytest.raises(ConfigError, match=name):
         rule(*arguments)
+
+
+def test_a_critical_tanh_net_keeps_both_moments():
+    """100 random orthogonal layers of width 400, float64."""
+    gain, q = critical_tanh(1e-3)
+    generator = np.random.default_rng(0)
+    x, layers = np.sqrt(q) * generator.normal(size=(50, 400)), []
+    for _ in range(100):
+        weights = gain * np.linalg.qr(generator.normal(size=(400, 400)))[0]
+        layers.append((x, weights))
+        x = np.tanh(x) @ weights + 1e-3**0.5 * generator.normal(size=400)
+    np.testing.assert_allclose(np.mean(x**2), q, rtol=0.15)
+    error = start = generator.normal(size=x.shape)
+    for x, weights in reversed(layers):
+        error = (error @ weights.T) / np.cosh(x) ** 2
+    assert 0.5 < np.mean(error**2) / np.mean(start**2) < 2

@@ -6,7 +6,7 @@ import pytest
 
 
 def test_methods_are_timed_and_descend(tmp_path, program):
-    small = ("--shapes", "2x6x4", "--cores", "1", "--rounds=2", "--budget=0.1", "--descents=1")
+    small = ("--shapes", "2x6x4", "--cores", "1", "--rounds=2", "--budget=0.3", "--descents=1")
     done = program("compare_orthogonality", *small, f"--output={tmp_path}")
     assert done.code == 0, done.err
     record = json.loads((tmp_path / "comparison.json").read_text())
@@ -15,7 +15,7 @@ def test_methods_are_timed_and_descend(tmp_path, program):
     assert set(rows) == {"polar", "qr", "pogo", "landing"}
     for row in rows.values():
         assert len(row["seconds"]) == 2 and min(row["seconds"]) > 0
-        assert row["errors"][-1] < 1e-2 and abs(row["gaps"][0]) < 1e-3
+        assert row["errors"][-1] < 1e-4 and abs(row["gaps"][0]) < 1e-3
     assert "| `stiefel`, polar |" in done.out
     assert "2 of 6 × 4, 1 core:" in (tmp_path / "comparison.md").read_text()
 

@@ -136,7 +136,7 @@ def test_folding_knows_the_others(name, images):
     chain = fold_batch_norm(variables)
     folded = jax.jit(lambda: FoldedNet(net).apply(chain, images, train=False))()
     plain = jax.jit(lambda: net.apply(variables, images, train=False))()
-    np.testing.assert_allclose(folded, plain, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(folded, plain, rtol=1e-3)
 
 
 def test_modulation_of_a_net_without_normalization(images):

@@ -90,3 +90,14 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="not passing `params`"):
         tx = scale_by_matrix_adam()
         tx.update({"kernel": jnp.eye(2)}, tx.init({"kernel": jnp.eye(2)}))
+
+
+def test_it_does_not_depend_on_the_basis():
+    rng = np.random.default_rng(4)
+    left, right = (np.linalg.qr(rng.normal(size=(n, n)))[0] for n in (6, 4))
+    gradients = [{"kernel": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)} for _ in range(3)]
+    turned = [{"kernel": left @ g["kernel"] @ right} for g in gradients]
+    params = {"kernel": jnp.zeros((6, 4))}
+    plain, _ = run(scale_by_matrix_adam(), gradients, params)
+    after, _ = run(scale_by_matrix_adam(), turned, params)
+    np.testing.assert_allclose(after["kernel"], left @ plain["kernel"] @ right, atol=1e-5)

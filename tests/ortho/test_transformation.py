@@ -436,3 +436,12 @@ def test_a_zero_coefficient_changes_nothing():
     params, gradient = make_params(), make_params(1)
     updates, _ = optax_ortho(0.0).update(gradient, optax.EmptyState(), params)
     assert updates is gradient
+
+
+@pytest.mark.parametrize(("coefficient", "factor"), [(0.05, 0.8), (0.25, 0.0), (0.45, -0.8)])
+def test_decoupled_rate_of_return(coefficient, factor):
+    """An error ε of a singular value becomes (1 − 4λ) ε."""
+    params = {"kernel": 1.001 * jnp.eye(4)}
+    updates, _ = apply(decoupled_ortho(coefficient), zeros(params), params)
+    after = optax.apply_updates(params, updates)["kernel"]
+    np.testing.assert_allclose(jnp.diag(after) - 1, factor * 1e-3, atol=5e-6)
