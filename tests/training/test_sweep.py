@@ -130,20 +130,22 @@ def short_jobs(directory):
 
 WORKER = """
 import pathlib, sys, time
+from orthojax.storage.metrics import MetricWriter
+from orthojax.storage.workdir import claim
 from orthojax.training import sweep
-from tests.training import test_sweep
+from tests.training.test_sweep import short_jobs
 
 def train(config, workdir):
-    test_sweep.claim(workdir, config)
+    claim(workdir, config)
     print(workdir, flush=True)
     time.sleep(0.5)
-    with test_sweep.MetricWriter(workdir) as writer:
+    with MetricWriter(workdir) as writer:
         writer.write(config.steps, "train", loss=1.0)
     return {"test_accuracy": 0.5, "seconds": 1.0}
 
 sweep.train_and_evaluate = train
 sweep.POLL_SECONDS = 0.1
-results = sweep.work(test_sweep.short_jobs(pathlib.Path(sys.argv[1])))
+results = sweep.work(short_jobs(pathlib.Path(sys.argv[1])))
 print(sum(len(records) for records in results.values()))
 """
 
