@@ -154,7 +154,7 @@ def prepare(builder: Bundled) -> None:
     ):
         try:
             builder.download_and_prepare(file_format="array_record", download_dir=downloads)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the second is array_record's, as of gs://
             # TFDS writes beside the final directory and renames at the end, which fails where
             # another process was faster: then there is nothing left to do.
             if not builder.is_prepared():

@@ -4,13 +4,14 @@ import importlib.util
 import json
 import types
 
-import fsspec
 import pytest
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 
 from orthojax.analysis.curves import draw_curves
-from orthojax.errors import WorkdirError
+from orthojax.data.dataset import load
+from orthojax.errors import DatasetError, WorkdirError
 from orthojax.storage import paths
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.storage.paths import is_remote, to_path, write_atomic
@@ -35,17 +36,16 @@ class Bucket(MemoryFileSystem):
 def bucket(monkeypatch):
     monkeypatch.setattr(Bucket, "store", {})
     monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
-    previous = fsspec.registry.get("gcs"), fsspec.registry.get("gs")
     for name in ("gcs", "gs"):
-        fsspec.register_implementation(name, Bucket, clobber=True)
+        monkeypatch.setitem(_registry, name, Bucket)
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
     # The extra is not needed for a bucket in memory.
-    found = types.SimpleNamespace(find_spec=lambda name: object())
-    monkeypatch.setattr(paths.importlib, "util", found)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name == "gcsfs" or find_spec(name)
+    )
     yield "gs://bucket/runs"
-    for name, implementation in zip(("gcs", "gs"), previous, strict=True):
-        if implementation:
-            fsspec.register_implementation(name, implementation, clobber=True)
+    monkeypatch.undo()  # before the backend is asked anew by the tests of other modules
     backend._FileSystemSpecBackend._get_filesystem.cache_clear()
 
 
@@ -95,3 +95,8 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(WorkdirError, match=r"gs://bucket/run needs the extra \[gcs\]: pip install"):
         to_path("gs://bucket/run")
+
+
+def test_bundled_data_are_not_prepared_in_a_bucket(bucket, tmp_path):
+    with pytest.raises(DatasetError, match="cannot write digits to gs://bucket/runs/.*data_dir"):
+        load("digits", bucket, cache_dir=str(tmp_path))
