@@ -11,8 +11,8 @@ PHOTOGRAPHS = "ImageNet, residual"
 def panels(options):
     """Title -> arms, as in the paper; without ImageNet's where that is not prepared."""
     found = {
-        "CIFAR-10, 44 layers": ("plain44_ortho", "plain44_l2", "resnet44_l2"),
-        "CIFAR-10, residual": curves.RESNETS[options.preset],
+        "CIFAR-10, 44 layers": ("plain44_ortho", "plain44_l2", "resnet44_l2", "plain44_isometric"),
+        "CIFAR-10, residual": curves.RESNETS,
     }
     if curves.without_imagenet(options) is None:
         found[PHOTOGRAPHS] = curves.IMAGENET
@@ -20,7 +20,7 @@ def panels(options):
 
 
 def jobs(options):
-    """Four or five nets on CIFAR-10, and four on ImageNet."""
+    """Six nets on CIFAR-10, and four on ImageNet."""
     return curves.jobs(options, *dict.fromkeys(sum(panels(options).values(), ())))
 
 

@@ -14,7 +14,7 @@ def pairs(options):
     found = {}
     if curves.without_imagenet(options) is None:
         found["imagenet"] = ("imagenet34_l2", "imagenet34_ortho")
-    found["cifar10"] = tuple(reversed(curves.RESNETS[options.preset]))
+    found["cifar10"] = tuple(reversed(curves.RESNETS))
     return found
 
 
