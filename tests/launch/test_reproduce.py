@@ -86,6 +86,20 @@ def test_a_penalty_decays_by_its_time_constants_in_a_run():
     assert -math.log(left) == pytest.approx(constraint.TIME_CONSTANTS, rel=0.1)
 
 
+def test_the_regularizer_of_the_short_figures_does_what_that_of_the_long_ones_does(options):
+    strengths = []
+    for preset in PRESETS:
+        config = curves.config(dataclasses.replace(options, preset=preset), "plain44_ortho")
+        sections = config.optimizer, config.schedule, config.regularizer
+        optimizer, schedule, regularizer = (section.to_dict() for section in sections)
+        rate = make_optimizer(
+            optimizer=optimizer, schedule=schedule, regularizer=regularizer, steps=config.steps
+        )[1]
+        rates = jax.vmap(rate)(jnp.arange(config.steps))
+        strengths.append(regularizer["coefficient"] * float(rates.sum()))
+    assert strengths[0] == pytest.approx(strengths[1], rel=0.01)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_nets_of_the_figures_can_be_built_those_on_imagenet_too(preset, options):
     options = dataclasses.replace(options, preset=preset)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import types
 
 import pytest
 from etils.epath import backend
@@ -12,7 +11,6 @@ from fsspec.registry import _registry
 from orthojax.analysis.curves import draw_curves
 from orthojax.data.dataset import load
 from orthojax.errors import DatasetError, WorkdirError
-from orthojax.storage import paths
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.storage.paths import is_remote, to_path, write_atomic
 from orthojax.storage.workdir import claim, write_json_atomic
