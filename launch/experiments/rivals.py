@@ -125,7 +125,8 @@ def report(options, results):
                 found.items(), key=lambda item: (item[0][0], -_mean(item[1]))
             )
         ]
-        pictures[f"rivals_{dataset}"] = _draw(found)
+        if len({depth for depth, _ in found}) > 1:  # a line needs two points
+            pictures[f"rivals_{dataset}"] = _draw(found)
     write_report(
         options,
         TITLE,
