@@ -52,6 +52,18 @@ def coefficient(rate, steps):
     return PAPER_COEFFICIENT * (RATES["full"] * PAPER_STEPS) / (rate * steps)
 
 
+def about(options):
+    """A sentence for the reports: what the nets on CIFAR-10 are trained on, and how."""
+    if options.preset == "full":
+        return "CIFAR-10 by the paper's protocol."
+    rate = RATES["cpu"]
+    strength = coefficient(rate, STEPS)
+    return (
+        f"CIFAR-10 at 16×16, width 8, {STEPS:,} steps of 128 images at a rate of {rate:g}, divided "
+        f"by ten at half and at three quarters; λ = {strength:.2g}, so that λ Σ η is the paper's."
+    )
+
+
 def config(options, name):
     """One arm. The plain nets have no modulation, as in section 5.2, but sites that measure."""
     net, regularizer = name.split("_")

@@ -38,6 +38,7 @@ def report(options, results):
         options,
         TITLE,
         table(["correlation", "net", "seed", "first", "middle", "last"], rows),
+        curves.about(options),
         "The paper: about 0.006 with orthonormality, 2.5 times that with L2, after 64,000 steps. "
         "As printed Eq. 8 counts every filter with itself, so that for orthonormal kernels it is "
         "the sum of their columns over the number of pairs, 0.041 at 44 layers with 16, 32 and 64 "

@@ -36,6 +36,7 @@ def report(options, results):
         options,
         TITLE,
         table(["net", "seed", "geometric mean, first half", "of the last 20 records"], rows),
+        curves.about(options),
         "Of the error at the outputs of the first and the last convolution. The paper: less than 1 "
         "but for the first iterations, and ten times larger with orthonormality.",
         pictures={"figure3": picture},

@@ -36,6 +36,7 @@ def report(options, results):
         options,
         TITLE,
         table(["net", "step", "first layer", "middle layer"], rows),
+        curves.about(options),
         "The first seed. The paper's profile settles after 2,000 to 3,000 of 64,000 steps.",
         pictures={"figure4": picture},
         runs=curves.shared(options).workdir,

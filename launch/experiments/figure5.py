@@ -47,9 +47,9 @@ def report(options, results):
         options,
         TITLE,
         table(["panel", "net", "test accuracy (%)", "training loss, each seed"], rows),
-        f"All at learning rate {curves.RATES[options.preset]:g}; see the experiment `gap` for a "
-        "comparison in which each net has its own. The training loss is the mean over the last "
-        "tenth of the steps.",
+        curves.about(options),
+        "The experiments `gap` and `long_run` compare nets each at a rate of its own. The training "
+        "loss is the mean over the last tenth of the steps.",
         _about_imagenet(options),
         pictures={"figure5": picture},
         runs=curves.shared(options).workdir,

@@ -24,18 +24,22 @@ def jobs(options):
 
 
 def report(options, results):
-    """The filters of the first seed, and how alike they are."""
+    """The filters of the first seed, and how alike those of each are."""
     place = curves.shared(options)
     pictures, rows = [], []
     options.workdir.mkdir(parents=True, exist_ok=True)
     for dataset, names in pairs(options).items():
         kernels = {}
         for name in names:
-            workdir = sorted((place.workdir / name).glob("*/record.json"))[0].parent
-            kernels[curves.TITLES[name]] = kernel = first_kernel(workdir)
-            value = mean_correlation({"kernel": kernel}, diagonal=False, absolute=True)
+            workdirs = [path.parent for path in (place.workdir / name).glob("*/record.json")]
+            found = [first_kernel(workdir) for workdir in sorted(workdirs)]
+            kernels[curves.TITLES[name]] = kernel = found[0]
+            values = [
+                mean_correlation({"kernel": each}, diagonal=False, absolute=True) for each in found
+            ]
             size = "×".join(map(str, kernel.shape[:2]))
-            rows.append([dataset, size, kernel.shape[3], curves.TITLES[name], f"{value:.3f}"])
+            told = ", ".join(f"{value:.3f}" for value in values)
+            rows.append([dataset, size, kernel.shape[3], curves.TITLES[name], told])
         for kind in ("png", "svg"):
             draw_filters(kernels, options.workdir / f"figure6_{dataset}.{kind}")
         pictures.append(f"![{dataset}](figure6_{dataset}.png)")
@@ -45,7 +49,8 @@ def report(options, results):
         options,
         TITLE,
         *pictures,
-        table(["data", "filters", "n", "net", "mean absolute cosine between filters"], rows),
+        curves.about(options),
+        table(["data", "filters", "n", "net", "mean absolute cosine, each seed"], rows),
         about if missing is None else f"{about} ImageNet is left out here: {missing}",
         runs=place.workdir,
     )
