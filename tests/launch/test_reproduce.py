@@ -144,6 +144,20 @@ def test_filters_are_drawn_for_each_data_set(reason, options, monkeypatch):
     assert drawn == {"figure6_cifar10.png"} | ({"figure6_imagenet.png"} if not reason else set())
 
 
+def test_figures_are_drawn_of_the_arms_that_are_done(reason, options, monkeypatch):
+    name = "resnet110_l2"
+    directory = curves.shared(options).workdir / name / "seed0"
+    directory.mkdir(parents=True)
+    (directory / "record.json").write_text(json.dumps(record()))
+    with MetricWriter(directory) as writer:
+        writer.write(100, "test", accuracy=0.5)
+    monkeypatch.setattr(figure6, "first_kernel", lambda workdir: np.ones((3, 3, 3, 8)))
+    for experiment in (figure5, figure6):
+        experiment.report(options, {name: [record()]})
+        text = (options.workdir / "report.md").read_text()
+        assert "ResNet-110, He and L2" in text and "orthonormal |" not in text
+
+
 def record(seed=0, accuracy=0.5, diverged=None):
     loss = math.inf if diverged else 0.1
     return {
