@@ -11,7 +11,9 @@ from orthojax.training.sweep import over_seeds
 
 RATES = {"cpu": 0.02, "full": 0.1}  # of all arms
 STEPS = 3_000  # of `cpu` on CIFAR-10
-PAPER_COEFFICIENT, PAPER_STEPS = 1e-4, 64_000
+# The λ that does in so short a run what the paper's does in its own: a kernel's distance from what
+# the regularizer wants decays with λ Σ η, and the rates fall at the same fractions of both runs.
+COEFFICIENT = 1e-4 * (RATES["full"] * 64_000) / (RATES["cpu"] * STEPS)
 RESNETS = ("resnet110_ortho", "resnet110_l2")
 TITLES = {
     "plain44_ortho": "plain-44, orthonormal",
@@ -43,24 +45,14 @@ def without_imagenet(options):
     return None
 
 
-def coefficient(rate, steps):
-    """The λ that a regularizer needs to do in so short a run what the paper's does in its own.
-
-    A kernel's distance from what the regularizer wants decays with `λ Σ η`, over a schedule that
-    falls at the same fractions of the run as the paper's.
-    """
-    return PAPER_COEFFICIENT * (RATES["full"] * PAPER_STEPS) / (rate * steps)
-
-
 def about(options):
     """A sentence for the reports: what the nets on CIFAR-10 are trained on, and how."""
     if options.preset == "full":
         return "CIFAR-10 by the paper's protocol."
-    rate = RATES["cpu"]
-    strength = coefficient(rate, STEPS)
     return (
-        f"CIFAR-10 at 16×16, width 8, {STEPS:,} steps of 128 images at a rate of {rate:g}, divided "
-        f"by ten at half and at three quarters; λ = {strength:.2g}, so that λ Σ η is the paper's."
+        f"CIFAR-10 at 16×16, width 8, {STEPS:,} steps of 128 images at a rate of {RATES['cpu']:g}, "
+        f"divided by ten at half and at three quarters; λ = {COEFFICIENT:.2g}, so that λ Σ η is "
+        "the paper's."
     )
 
 
@@ -81,7 +73,7 @@ def config(options, name):
         if options.preset == "cpu":
             plain.steps = STEPS
             plain.observe_every, plain.eval_every = 10, 300
-            plain.regularizer.coefficient = coefficient(plain.optimizer.learning_rate, STEPS)
+            plain.regularizer.coefficient = COEFFICIENT
     return plain
 
 
@@ -93,6 +85,12 @@ def jobs(options, *names):
         seeds = options.seeds[:1] if few else options.seeds
         found[name] = over_seeds(config(options, name), place.workdir / name, seeds)
     return found
+
+
+def done(groups, results):
+    """Of each group of arms those with results, which not all have where `--finished`."""
+    left = {title: [n for n in names if n in results] for title, names in groups.items()}
+    return {title: names for title, names in left.items() if names}
 
 
 def measurements(options, name, kind):

@@ -26,9 +26,7 @@ def jobs(options):
 
 def report(options, results):
     """Panels of test accuracy, and of the training loss where accuracy would say nothing."""
-    # Not all arms are done, where `--finished`.
-    done = {title: [n for n in names if n in results] for title, names in panels(options).items()}
-    plan, rows = {title: names for title, names in done.items() if names}, []
+    plan, rows = curves.done(panels(options), results), []
     picture = new_picture(4.5 * len(plan), 3.6)
     row = picture.subplots(1, len(plan), squeeze=False)[0]
     for axes, (title, names) in zip(row, plan.items(), strict=True):

@@ -28,9 +28,9 @@ def report(options, results):
     place = curves.shared(options)
     pictures, rows = [], []
     options.workdir.mkdir(parents=True, exist_ok=True)
-    for dataset, names in pairs(options).items():
+    for dataset, names in curves.done(pairs(options), results).items():
         kernels = {}
-        for name in [name for name in names if name in results]:  # not all where `--finished`
+        for name in names:
             workdirs = [path.parent for path in (place.workdir / name).glob("*/record.json")]
             found = [first_kernel(workdir) for workdir in sorted(workdirs)]
             kernels[curves.TITLES[name]] = kernel = found[0]
@@ -40,8 +40,6 @@ def report(options, results):
             size = "×".join(map(str, kernel.shape[:2]))
             told = ", ".join(f"{value:.3f}" for value in values)
             rows.append([dataset, size, kernel.shape[3], curves.TITLES[name], told])
-        if not kernels:
-            continue
         for kind in ("png", "svg"):
             draw_filters(kernels, options.workdir / f"figure6_{dataset}.{kind}")
         pictures.append(f"![{dataset}](figure6_{dataset}.png)")
