@@ -19,10 +19,10 @@ from orthojax.storage.checksums import find_damage
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
+from tests.parallel.own_processes import ENVIRONMENT, ROOT
 
 pytestmark = pytest.mark.slow
 
-ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 400
 
 
@@ -44,7 +44,7 @@ def run(arguments, kill_after=None, mark="compiled in", victims=None):
     """Runs until the end, or until `kill_after` seconds after the first line with `mark`."""
     process = subprocess.Popen(
         arguments,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "XLA_FLAGS": ""},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
