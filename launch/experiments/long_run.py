@@ -10,10 +10,15 @@ from orthojax.training.sweep import run_name, tuned
 
 TITLE = "Plain against residual, a long run"
 DEPTHS = (44, 110)
-METHODS = {"isometric": "plain, near-isometric", "residual": "residual, He + L2"}
+METHODS = {
+    "isometric": "plain, near-isometric",
+    "residual": "residual, He + L2",
+    "ortho": "plain, the paper's start, modulated",
+    "l2": "plain, He + L2",
+}
 STEPS = {"cpu": 8_000, "full": 64_000}
 SEARCH_STEPS = {"cpu": 600, "full": 4_000}
-STARTS = {"isometric": 0.05, "residual": 0.2}  # of the ladder: best in 600 steps at width 8
+STARTS = {"isometric": 0.05, "residual": 0.2, "ortho": 0.05, "l2": 0.02}  # of the ladder
 
 
 def jobs(options):
@@ -37,6 +42,9 @@ def _config(options, method, depth):
     config.model.width = 16
     config.steps = STEPS[options.preset]
     config.schedule = {"name": "cosine", "warmup_steps": 100}
+    if method == "ortho":
+        with config.ignore_type():
+            config.modulation.steps = None
     clip(config)
     config.log_every, config.eval_every, config.checkpoint_every = 50, 500, 250
     return config

@@ -1,6 +1,7 @@
 """The experiments: their configs, their reports, and those that train nothing, run."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -23,6 +24,7 @@ from experiments import (
     figure5,
     figure6,
     gap,
+    good_init,
     hard_cases,
     long_run,
     modulation,
@@ -40,6 +42,7 @@ from reproduce import Options
 PRESETS = ("cpu", "full")
 CONFIGURED = (
     *(table2, figure5, gap, ablation, depth, rivals, constraint, hard_cases, long_run, modulation),
+    good_init,
 )
 
 
@@ -240,8 +243,30 @@ def test_a_long_run_is_drawn_and_its_last_steps_averaged(options):
                 writer.write(800, "test", accuracy=0.5)
     long_run.report(options, results)
     text = (options.workdir / "report.md").read_text()
-    assert text.count("| 50.00 ± 0.00 | 62.5, 62.5 | 2 |") == 2 and "| 110 |" not in text
+    assert text.count("| 50.00 ± 0.00 | 62.5, 62.5 | 2 |") == len(long_run.METHODS)
+    assert "| 110 |" not in text
     assert (options.workdir / "long_run.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_keeps_kernels_is_told_by_orthonormality_and_growth_along_the_run(options):
+    results = {}
+    for arm in itertools.product(good_init.KEPT, good_init.MODULATED):
+        results[arm] = [record(seed, 0.5) for seed in options.seeds]
+        for seed in options.seeds:
+            workdir = options.workdir / "_".join(arm) / f"lr0.01-steps300-seed{seed}"
+            workdir.mkdir(parents=True)
+            with MetricWriter(workdir) as writer:
+                for step in (100, 300):
+                    layers = {
+                        "orthonormality_error": step / 1000,
+                        "log_growth": math.log(10 * step),
+                    }
+                    writer.write(step, "layers", **layers)
+                writer.write(300, "test", accuracy=0.5)
+    good_init.report(options, results)
+    text = (options.workdir / "report.md").read_text()
+    assert text.count("| 50.00 ± 0.00 | 50.0, 50.0 | 0.100 | 0.3, 0.3 | 3.5, 3.5 |") == len(results)
+    assert (options.workdir / "good_init.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_growth_is_that_of_the_unmodulated_error():
