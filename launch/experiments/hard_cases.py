@@ -15,8 +15,12 @@ MEANS = {
     "LARS": ({"name": "lars", "momentum": 0.9, "trust_coefficient": 1.0}, 0.005, None),
     "Adam": ({"name": "adam"}, 0.001, None),
 }
-# Name -> (the model's changes, steps).
-STARTS = {"near-isometric": ({}, 300), "the paper's": (PAPER, 600)}
+# (Start, layers) -> (the model's changes, steps). From the paper's, 302 layers do not learn.
+NETS = {
+    ("near-isometric", 110): ({}, 300),
+    ("the paper's", 110): (PAPER, 600),
+    ("near-isometric", 302): ({}, 300),
+}
 # Name -> (dtype, loss scale, modulation); what decides first.
 PRECISIONS = {
     "float16, dynamic loss scale": ("float16", {"growth_interval": 50}, None),
@@ -39,10 +43,10 @@ def _vgg(kernel_scale, means):
     return config
 
 
-def _plain(start, precision):
-    model, steps = STARTS[start]
+def _plain(net, precision):
+    (_, depth), (model, steps) = net, NETS[net]
     dtype, loss_scale, modulation = PRECISIONS[precision]
-    config = digits(110, "isometric", steps)
+    config = digits(depth, "isometric", steps)
     with config.unlocked(), config.ignore_type():
         config.model.update(model)
         config.dtype, config.loss_scale, config.modulation = dtype, loss_scale, modulation
@@ -64,11 +68,12 @@ def jobs(options):
                 rates=LADDER,
                 start=rate,
             )
-    for start in STARTS:
+    for net in NETS:
         for precision in PRECISIONS:
-            name = f"{start}_{precision}".replace(" ", "_").replace(",", "").replace("'", "")
-            found["precision", start, precision] = over_seeds(
-                _plain(start, precision), options.workdir / name, options.seeds
+            name = "_".join((*map(str, net), precision))
+            name = name.replace(" ", "_").replace(",", "").replace("'", "")
+            found["precision", net, precision] = over_seeds(
+                _plain(net, precision), options.workdir / name, options.seeds
             )
     return found
 
@@ -80,7 +85,7 @@ def report(options, results):
         if which == "kernels":
             of_kernels.append([KERNELS[case], arm, *cells(records)])
         else:
-            of_precision.append([case, arm, *cells(records)])
+            of_precision.append([*case, arm, *cells(records)])
     write_report(
         options,
         TITLE,
@@ -88,10 +93,10 @@ def report(options, results):
         "layers, 3×3 convolutions of width 8 and ReLU, no shortcuts and no normalization. For "
         "ReLU a variance of 2 / fan-in is right.",
         table(["kernels' variance", "means", *CELLS], of_kernels),
-        "110 plain layers of width 8 with batch normalization, activations and errors in 16 bits, "
+        "Plain layers of width 8 with batch normalization, activations and errors in 16 bits, "
         "parameters in 32; all at one learning rate.",
-        table(["start", "precision", *CELLS], of_precision),
-        f"Digits, {STEPS} steps of 128 ({STARTS['near-isometric'][1]} from the near-isometric "
+        table(["start", "layers", "precision", *CELLS], of_precision),
+        f"Digits, {STEPS} steps of 128 ({NETS['near-isometric', 110][1]} from the near-isometric "
         "start), the gradient clipped to a norm of 1. In the first table each arm has the rate "
         "with the least training loss of the first seed, from a ladder; in the second BN "
         "statistics are those of one pass over 1,280 training images, and the dynamic loss scale "
