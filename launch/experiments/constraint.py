@@ -20,9 +20,20 @@ def coefficient(rate, steps, momentum):
     """λ with which an error of orthonormality decays by `exp(-TIME_CONSTANTS)` in the run.
 
     It decays with `4 λ Σ η / (1 - momentum)`, and Σ η is `rate * steps / 2`, the rate falling
-    linearly to 0.
+    to 0 linearly or along a cosine.
     """
     return TIME_CONSTANTS * (1 - momentum) / (4 * rate * steps / 2)
+
+
+def keep(config, by):
+    """Has the kernels of a config kept orthonormal: by `penalty`, by `constraint`, or else not."""
+    config.regularizer = {"name": "none"}
+    if by == "penalty":
+        sgd = config.optimizer
+        strength = coefficient(sgd.learning_rate, config.steps, sgd.momentum)
+        config.regularizer = {"name": "ortho", "coefficient": strength}
+    elif by == "constraint":
+        config.constraint = {"method": "polar"}
 
 
 def config(dataset, depth, start, arm, rate, data_dir=None):
@@ -38,16 +49,11 @@ def config(dataset, depth, start, arm, rate, data_dir=None):
     with found.unlocked(), found.ignore_type():
         found.schedule = {"name": "linear", "warmup_steps": 20}
         found.optimizer.learning_rate = rate
-        found.regularizer = {"name": "none"}
+        keep(found, arm)
         if start == "near-isometric":
             found.modulation = None
         else:
             found.model.kernel_init, found.model.bn_bias = "orthonormal", 0.0
-        if arm == "penalty":
-            strength = coefficient(rate, STEPS, found.optimizer.momentum)
-            found.regularizer = {"name": "ortho", "coefficient": strength}
-        elif arm == "constraint":
-            found.constraint = {"method": "polar"}
     return found
 
 

@@ -4,7 +4,7 @@ import math
 import statistics
 
 from experiments.arms import LADDER, cifar10, clip
-from experiments.constraint import TIME_CONSTANTS, coefficient
+from experiments.constraint import TIME_CONSTANTS, keep
 from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
@@ -22,7 +22,7 @@ MODULATED = {"off": 1e30, "on": 10.0}  # the tolerance: at any, sites measure
 def config(options, kept, modulated, rate):
     """The config of an arm at a rate."""
     found = cifar10(DEPTH, "isometric", options.preset, options.data_dir)
-    steps = found.steps = STEPS[options.preset]
+    found.steps = STEPS[options.preset]
     clip(found)
     found.log_every, found.observe_every = 50, 100
     found.eval_every, found.checkpoint_every = 1_000, 250
@@ -30,14 +30,9 @@ def config(options, kept, modulated, rate):
         found.schedule = {"name": "cosine", "warmup_steps": 100}
         found.optimizer.learning_rate = rate
         found.modulation.tolerance = MODULATED[modulated]
-        found.regularizer = {"name": "none"}
+        keep(found, kept)
         if kept == "L2":
             found.regularizer = {"name": "l2", "coefficient": 1e-4}
-        elif kept == "penalty":
-            strength = coefficient(rate, steps, found.optimizer.momentum)
-            found.regularizer = {"name": "ortho", "coefficient": strength}
-        elif kept == "constraint":
-            found.constraint = {"method": "polar"}
     return found
 
 
