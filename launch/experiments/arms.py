@@ -5,6 +5,9 @@ from orthojax.configs import cifar10_plain, cifar10_resnet, digits_plain110, ima
 # Learning rates to choose from, two or three to a factor of ten.
 LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
+LONG_STEPS = {"cpu": 8_000, "full": 64_000}  # of runs that end where accuracy settles
+LONG_SEARCH_STEPS = {"cpu": 600, "full": 4_000}  # of the search for their rates
+
 MODULATED = {"decay": 0.9, "tolerance": 10.0}  # arguments of `orthojax.modulation`
 
 
@@ -47,6 +50,14 @@ def cifar10(depth, method, preset, data_dir=None):
 def clip(config):
     """Clips the gradient, and has BN statistics of one pass over 1,280 training images."""
     config.clip_grad_norm, config.recalibrate_bn = 1.0, 1_280
+
+
+def lengthen(config, preset):
+    """A clipped run of `LONG_STEPS`, the rate down to 0 along a cosine."""
+    config.steps = LONG_STEPS[preset]
+    config.schedule = {"name": "cosine", "warmup_steps": 100}
+    clip(config)
+    config.log_every, config.checkpoint_every = 50, 250
 
 
 def imagenet(depth, method, preset, data_dir=None):

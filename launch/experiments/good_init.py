@@ -3,17 +3,16 @@
 import math
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip
+from experiments.arms import LADDER, LONG_SEARCH_STEPS, LONG_STEPS, cifar10, lengthen
 from experiments.constraint import TIME_CONSTANTS, keep
 from experiments.report import CELLS, cells, table, write_report
+from experiments.rivals import L2
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.sweep import run_name, tuned
 
 TITLE = "A good init, and what is kept of it"
 DEPTH = 44
-STEPS = {"cpu": 8_000, "full": 64_000}
-SEARCH_STEPS = {"cpu": 600, "full": 4_000}
 START = 0.05  # of the ladder
 KEPT = ("nothing", "L2", "penalty", "constraint")
 MODULATED = {"off": 1e30, "on": 10.0}  # the tolerance: at any, sites measure
@@ -22,17 +21,14 @@ MODULATED = {"off": 1e30, "on": 10.0}  # the tolerance: at any, sites measure
 def config(options, kept, modulated, rate):
     """The config of an arm at a rate."""
     found = cifar10(DEPTH, "isometric", options.preset, options.data_dir)
-    found.steps = STEPS[options.preset]
-    clip(found)
-    found.log_every, found.observe_every = 50, 100
-    found.eval_every, found.checkpoint_every = 1_000, 250
+    lengthen(found, options.preset)
+    found.observe_every, found.eval_every = 100, 1_000
     with found.unlocked(), found.ignore_type():
-        found.schedule = {"name": "cosine", "warmup_steps": 100}
         found.optimizer.learning_rate = rate
         found.modulation.tolerance = MODULATED[modulated]
         keep(found, kept)
         if kept == "L2":
-            found.regularizer = {"name": "l2", "coefficient": 1e-4}
+            found.regularizer = L2
     return found
 
 
@@ -51,7 +47,7 @@ def jobs(options):
                 options.seeds,
                 rates=LADDER,
                 start=START,
-                search_steps=SEARCH_STEPS[options.preset],
+                search_steps=LONG_SEARCH_STEPS[options.preset],
             )
     return found
 
@@ -74,7 +70,8 @@ def report(options, results):
             label = f"{kept}, modulation {modulated}"
             for axes, curve in zip(panels, curves.values(), strict=True):
                 axes.plot(*curve, color=color, linestyle=style, label=None if seed else label)
-            ends.append({name: values[-1] for name, (_, values) in curves.items()})
+            if not record["diverged"]:
+                ends.append({name: values[-1] for name, (_, values) in curves.items()})
         rows.append(
             [
                 kept,
@@ -99,13 +96,13 @@ def report(options, results):
         options,
         TITLE,
         table(headings, rows),
-        f"{DEPTH} plain layers from the near-isometric start, {STEPS[options.preset]:,} steps of "
-        f"128 images of CIFAR-10{', at 16×16, width 8' if options.preset == 'cpu' else ''}; rate "
-        "down to 0 along a cosine, gradients clipped to a norm of 1, BN statistics of one pass "
-        "over 1,280 training images. The penalty's coefficient is such that an error of "
+        f"{DEPTH} plain layers from the near-isometric start, {LONG_STEPS[options.preset]:,} steps "
+        f"of 128 images of CIFAR-10{', at 16×16, width 8' if options.preset == 'cpu' else ''}; "
+        "rate down to 0 along a cosine, gradients clipped to a norm of 1, BN statistics of one "
+        "pass over 1,280 training images. The penalty's coefficient is such that an error of "
         f"orthonormality decays by a factor of exp({TIME_CONSTANTS:g}) in the run; L2 has 1e-4. "
         "Each arm has the rate of a ladder, two or three to a factor of ten, with the smallest "
-        f"training loss after {SEARCH_STEPS[options.preset]:,} steps. The growth is the "
+        f"training loss after {LONG_SEARCH_STEPS[options.preset]:,} steps. The growth is the "
         "largest factor between the second moments of the error at a site and at the topmost one, "
         "had nothing rescaled it.",
         pictures={"good_init": picture},

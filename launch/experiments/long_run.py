@@ -2,7 +2,7 @@
 
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip
+from experiments.arms import LADDER, LONG_SEARCH_STEPS, LONG_STEPS, cifar10, lengthen
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
@@ -16,8 +16,6 @@ METHODS = {
     "ortho": "plain, the paper's start, modulated",
     "l2": "plain, He + L2",
 }
-STEPS = {"cpu": 8_000, "full": 64_000}
-SEARCH_STEPS = {"cpu": 600, "full": 4_000}
 STARTS = {"isometric": 0.05, "residual": 0.2, "ortho": 0.05, "l2": 0.02}  # of the ladder
 
 
@@ -30,7 +28,7 @@ def jobs(options):
             options.seeds if depth == DEPTHS[0] else options.seeds[:1],
             rates=LADDER,
             start=STARTS[method],
-            search_steps=SEARCH_STEPS[options.preset],
+            search_steps=LONG_SEARCH_STEPS[options.preset],
         )
         for depth in DEPTHS
         for method in METHODS
@@ -40,13 +38,11 @@ def jobs(options):
 def _config(options, method, depth):
     config = cifar10(depth, method, options.preset, options.data_dir)
     config.model.width = 16
-    config.steps = STEPS[options.preset]
-    config.schedule = {"name": "cosine", "warmup_steps": 100}
     if method == "ortho":
         with config.ignore_type():
             config.modulation.steps = None
-    clip(config)
-    config.log_every, config.eval_every, config.checkpoint_every = 50, 500, 250
+    lengthen(config, options.preset)
+    config.eval_every = 500
     return config
 
 
@@ -87,13 +83,13 @@ def report(options, results):
         options,
         TITLE,
         table(headings, rows),
-        f"{STEPS[options.preset]:,} steps of 128 images of CIFAR-10, at "
+        f"{LONG_STEPS[options.preset]:,} steps of 128 images of CIFAR-10, at "
         f"{'16×16' if options.preset == 'cpu' else '32×32'}; width 16, horizontal flips only, rate "
         "down to 0 along a cosine, gradients clipped to a norm of 1, BN statistics of one pass "
         "over 1,280 training images. Each net has the rate of a ladder, two or three to a factor "
-        f"of ten, with the smallest training loss after {SEARCH_STEPS[options.preset]:,} steps. In "
-        "the picture test images have markers and training images none; in the table the latter "
-        "are the mean of the last 400 steps, each seed.",
+        f"of ten, with the smallest training loss after {LONG_SEARCH_STEPS[options.preset]:,} "
+        "steps. In the picture test images have markers and training images none; in the table the "
+        "latter are the mean of the last 400 steps, each seed.",
         pictures={"long_run": picture},
     )
 

@@ -269,6 +269,15 @@ def test_what_keeps_kernels_is_told_by_orthonormality_and_growth_along_the_run(o
     assert (options.workdir / "good_init.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_arm_that_diverged_is_reported_without_its_end(options):
+    workdir = options.workdir / "L2_off" / "lr0.01-steps300-seed0"
+    workdir.mkdir(parents=True)
+    with MetricWriter(workdir) as writer:
+        writer.write(100, "layers", orthonormality_error=0.1, log_growth=1.0)
+    good_init.report(options, {("L2", "off"): [record(diverged="at step 123")]})
+    assert "| diverged | 0.0 | inf |  |  |" in (options.workdir / "report.md").read_text()
+
+
 def test_growth_is_that_of_the_unmodulated_error():
     net = PlainNet(depth=8, width=2, num_classes=5, kernel_init="orthonormal", bn_bias=0.5)
     images = jax.random.normal(jax.random.key(1), (4, 4, 4, 3))
