@@ -16,6 +16,25 @@ BIAS_VARIANCE = 2.01e-5  # that of Xiao et al.'s 10,000 layers
 L2 = {"name": "l2", "coefficient": 1e-4}
 ORTHO = {"name": "ortho", "coefficient": 1e-4}
 NONE = {"name": "none"}
+# Where the search for a rate begins: at what was best at 110 layers, on the digits and on CIFAR-10.
+STARTS = {
+    "near-isometric": {"digits": 0.05, "cifar10": 0.02},
+    "near-isometric, modulated": {"digits": 0.1, "cifar10": 0.02},
+    "the paper's, modulated": {"digits": 0.1, "cifar10": 0.1},
+    "residual": {"digits": 0.1, "cifar10": 0.2},
+    "residual, last scale 0": {"digits": 0.1, "cifar10": 0.2},
+    "BN bias 2": {"digits": 0.05, "cifar10": 0.05},
+    "critical tanh": {"digits": 0.05, "cifar10": 0.01},
+    "looks-linear": {"digits": 0.1, "cifar10": 0.02},
+    "Dirac": {"digits": 0.5, "cifar10": 0.5},
+    "ISONet": {"digits": 0.02, "cifar10": 0.02},
+    "TAT": {"digits": 0.02, "cifar10": 0.02},
+    "DKS": {"digits": 0.01, "cifar10": 0.02},
+    "BN, near-linear tanh": {"digits": 0.1, "cifar10": 0.02},
+    "backward gradient normalization": {"digits": 0.1, "cifar10": 0.1},
+    "LARS": {"digits": 0.005, "cifar10": 0.005},
+    "Muon": {"digits": 0.01, "cifar10": 0.005},
+}
 
 
 def _unnormalized(activation, **model):
@@ -33,10 +52,7 @@ HE = {"kernel_init": "he", "bn_bias": 0.0}
 
 
 def _arms(depth):
-    """Name -> (the model's changes, other sections, the rate to begin the search with).
-
-    The rates are those that were best for the digits at 110 layers.
-    """
+    """Name -> (the model's changes, other sections)."""
     gain, _ = critical_tanh(BIAS_VARIANCE)
     tanh = {"kernel_gain": gain, "bias_std": BIAS_VARIANCE**0.5}
     near_linear = {
@@ -50,26 +66,25 @@ def _arms(depth):
     lars = {"name": "lars", "learning_rate": 0.005, "momentum": 0.9, "trust_coefficient": 1.0}
     muon = {"name": "muon", "learning_rate": 0.005}
     return {
-        "near-isometric": ({}, {"regularizer": ORTHO}, 0.05),
-        "near-isometric, modulated": ({}, {"regularizer": ORTHO, **modulated}, 0.1),
-        "the paper's, modulated": (PAPER, {"regularizer": ORTHO, **modulated}, 0.1),
-        "residual": ({"name": "ResNet", **HE}, {"regularizer": L2}, 0.1),
+        "near-isometric": ({}, {"regularizer": ORTHO}),
+        "near-isometric, modulated": ({}, {"regularizer": ORTHO, **modulated}),
+        "the paper's, modulated": (PAPER, {"regularizer": ORTHO, **modulated}),
+        "residual": ({"name": "ResNet", **HE}, {"regularizer": L2}),
         "residual, last scale 0": (
             {"name": "ResNet", "zero_init_residual": True, **HE},
             {"regularizer": L2},
-            0.1,
         ),
-        "BN bias 2": ({**HE, "bn_bias": 2.0}, {"regularizer": L2}, 0.05),
-        "critical tanh": (_unnormalized("tanh", **tanh), {"regularizer": NONE}, 0.05),
-        "looks-linear": (_unnormalized("crelu"), {"regularizer": NONE}, 0.1),
-        "Dirac": ({**HE, "parametrization": "dirac"}, {"regularizer": L2}, 0.5),
-        "ISONet": (_unnormalized("shifted_relu"), {"regularizer": ORTHO}, 0.02),
-        "TAT": (_unnormalized("tailored_relu"), {"regularizer": NONE}, 0.02),
-        "DKS": (_unnormalized("shaped_softplus"), {"regularizer": NONE}, 0.01),
-        "BN, near-linear tanh": (near_linear, {"regularizer": ORTHO}, 0.1),
-        "backward gradient normalization": (PAPER, {"regularizer": ORTHO, **normalized}, 0.1),
-        "LARS": (PAPER, {"regularizer": L2, "optimizer": lars}, 0.005),
-        "Muon": (PAPER, {"regularizer": ORTHO, "optimizer": muon}, 0.01),
+        "BN bias 2": ({**HE, "bn_bias": 2.0}, {"regularizer": L2}),
+        "critical tanh": (_unnormalized("tanh", **tanh), {"regularizer": NONE}),
+        "looks-linear": (_unnormalized("crelu"), {"regularizer": NONE}),
+        "Dirac": ({**HE, "parametrization": "dirac"}, {"regularizer": L2}),
+        "ISONet": (_unnormalized("shifted_relu"), {"regularizer": ORTHO}),
+        "TAT": (_unnormalized("tailored_relu"), {"regularizer": NONE}),
+        "DKS": (_unnormalized("shaped_softplus"), {"regularizer": NONE}),
+        "BN, near-linear tanh": (near_linear, {"regularizer": ORTHO}),
+        "backward gradient normalization": (PAPER, {"regularizer": ORTHO, **normalized}),
+        "LARS": (PAPER, {"regularizer": L2, "optimizer": lars}),
+        "Muon": (PAPER, {"regularizer": ORTHO, "optimizer": muon}),
     }
 
 
@@ -81,7 +96,7 @@ def config(dataset, depth, arm, data_dir=None):
         found = cifar10(depth, "isometric", "cpu", data_dir)
         found.steps = STEPS[dataset]
         found.eval_every = found.checkpoint_every = STEPS[dataset] // 4
-    model, sections, rate = _arms(depth)[arm]
+    model, sections = _arms(depth)[arm]
     clip(found)
     with found.unlocked(), found.ignore_type():
         found.modulation = None
@@ -91,7 +106,7 @@ def config(dataset, depth, arm, data_dir=None):
         if found.model.get("norm") == "none":
             del found.model["bn_bias"]
             found.recalibrate_bn = 0
-        found.optimizer.learning_rate = rate
+        found.optimizer.learning_rate = STARTS[arm][dataset]
     return found
 
 

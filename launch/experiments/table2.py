@@ -6,6 +6,7 @@ throughout, and near-isometric initialization with modulation and without.
 """
 
 import copy
+import statistics
 
 from experiments.arms import LADDER, cifar10, clip, digits
 from experiments.report import accuracy, table, write_report
@@ -84,20 +85,22 @@ def jobs(options):
 
 def report(options, results):
     """The table, and bars."""
-    rows = []
+    depths = [depth for depth in DEPTHS if any(arm[1] == depth for arm in results)]
     papers = {**{n: r[2] for n, r in RIVALS.items()}, **{n: o[3] for n, o in OURS.items()}}
+    rows = []
     for name, paper in papers.items():
         row = [name]
-        for depth, printed in zip(DEPTHS, paper, strict=True):
-            own = results[name, depth, "own"]
+        for depth in depths:
+            printed = paper[DEPTHS.index(depth)]
+            shared, own = (results.get((name, depth, kind)) for kind in ("shared", "own"))
             row += [
                 "-" if printed is None else f"{printed:g}",
-                accuracy(results[name, depth, "shared"]),
-                f"{accuracy(own)} (at {own[0]['learning_rate']:g})",
+                accuracy(shared) if shared else "not run",
+                f"{accuracy(own)} (at {own[0]['learning_rate']:g})" if own else "not run",
             ]
         rows.append(row)
     headings = ["method"]
-    for depth in DEPTHS:
+    for depth in depths:
         headings += [f"{depth} layers: paper, CIFAR-10", f"here, at {SHARED_RATE:g}", "own rate"]
     cpu = options.preset == "cpu"
     where = f"the digits, width 8, {STEPS:,} steps" if cpu else "CIFAR-10, 64k steps"
@@ -109,22 +112,23 @@ def report(options, results):
         "A rate of a method's own is chosen by the training loss of the first seed after "
         f"{SEARCH_STEPS[options.preset]:,} steps, from a ladder; then gradients are clipped to a "
         "norm of 1, and BN statistics are those of one pass over 1,280 training images.",
-        pictures={"table2": draw(results, papers)},
+        pictures={"table2": draw(results, papers, depths)},
     )
 
 
-def draw(results, papers):
-    """Two panels, one for each depth; bars for both rates, the paper's figures as ticks."""
-    picture = new_picture(9, 4)
-    panels = picture.subplots(1, len(DEPTHS), sharey=True)
-    for axes, depth in zip(panels, DEPTHS, strict=True):
+def draw(results, papers, depths):
+    """A panel for each depth; bars for both rates, the paper's figures as ticks."""
+    picture = new_picture(1 + 4 * len(depths), 4)
+    panels = picture.subplots(1, len(depths), sharey=True, squeeze=False)[0]
+    for axes, depth in zip(panels, depths, strict=True):
         for place, (name, paper) in enumerate(papers.items()):
             for shift, kind, color in ((-0.2, "shared", COLORS[5]), (0.2, "own", COLORS[0])):
-                values = [100 * r["test_accuracy"] for r in results[name, depth, kind]]
+                records = results.get((name, depth, kind), ())
+                values = [100 * record["test_accuracy"] for record in records]
                 label = {"shared": f"rate {SHARED_RATE:g}", "own": "own rate"}[kind]
                 axes.barh(
                     place + shift,
-                    sum(values) / len(values),
+                    statistics.fmean(values or [0.0]),
                     0.38,
                     color=color,
                     label=None if place else label,
@@ -142,5 +146,5 @@ def draw(results, papers):
         axes.set_yticks(range(len(papers)), papers)
         clear_frame(axes)
     panels[0].invert_yaxis()
-    panels[1].legend(frameon=False, fontsize=8, loc="center")
+    panels[-1].legend(frameon=False, fontsize=8, loc="center")
     return picture

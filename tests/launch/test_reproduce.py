@@ -195,6 +195,12 @@ def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options
     assert [json.loads(line) for line in lines] == [{"run": "arm/search", **record()}]
 
 
+def test_table_2_says_what_was_not_run(options):
+    table2.report(options, {("SGD", 44, "own"): [record()]})
+    text = (options.workdir / "report.md").read_text()
+    assert "| SGD | 84.14 | not run | 50.00 (at 0.01) |" in text and "110 layers:" not in text
+
+
 @pytest.mark.parametrize(
     ("experiment", "reason"),
     [
