@@ -10,7 +10,7 @@ from orthojax.training.sweep import tuned
 
 TITLE = "Training without shortcuts: everybody's way"
 # What tells most first: to interrupt it is to have the beginning.
-DEPTHS = {"digits": (110, 44, 302), "cifar10": (44, 110)}
+DEPTHS = {"digits": (110, 44, 302), "cifar10": (44, 110, 302)}
 STEPS = {"digits": 300, "cifar10": 600}
 BIAS_VARIANCE = 2.01e-5  # that of Xiao et al.'s 10,000 layers
 L2 = {"name": "l2", "coefficient": 1e-4}
@@ -178,7 +178,7 @@ def _draw(found):
             color=f"C{index % 10}",
             label=arm,
         )
-    axes.set(xscale="log", xlabel="layers", ylabel="test accuracy (%)", ylim=(0, 101))
+    axes.set(xscale="log", xlabel="layers", ylabel="test accuracy (%)", ylim=(0, None))
     axes.set_xticks(depths, [f"{depth}" for depth in depths])
     axes.minorticks_off()
     clear_frame(axes)
