@@ -29,7 +29,7 @@ STARTS = {
     "Dirac": {"digits": 0.5, "cifar10": 0.5},
     "ISONet": {"digits": 0.02, "cifar10": 0.02},
     "TAT": {"digits": 0.02, "cifar10": 0.02},
-    "DKS": {"digits": 0.01, "cifar10": 0.02},
+    "DKS": {"digits": 0.01, "cifar10": 0.01},
     "BN, near-linear tanh": {"digits": 0.1, "cifar10": 0.02},
     "backward gradient normalization": {"digits": 0.1, "cifar10": 0.1},
     "LARS": {"digits": 0.005, "cifar10": 0.005},
