@@ -16,7 +16,7 @@ BIAS_VARIANCE = 2.01e-5  # that of Xiao et al.'s 10,000 layers
 L2 = {"name": "l2", "coefficient": 1e-4}
 ORTHO = {"name": "ortho", "coefficient": 1e-4}
 NONE = {"name": "none"}
-# Where the search for a rate begins: at what was best at 110 layers, on the digits and on CIFAR-10.
+# Where the search for a rate begins: near what was best at 110 layers on each data set.
 STARTS = {
     "near-isometric": {"digits": 0.05, "cifar10": 0.02},
     "near-isometric, modulated": {"digits": 0.1, "cifar10": 0.02},
