@@ -88,7 +88,13 @@ def reproduce(arguments):
         workdir = arguments.workdir / f"{name}_{arguments.preset}"
         seeds = tuple(range(arguments.seeds))
         options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
-        results = (finished if arguments.finished else work)(experiment.jobs(options))
+        jobs = experiment.jobs(options)
+        results = finished(jobs) if arguments.finished else work(jobs)
+        if jobs and not results:
+            raise WorkdirError(
+                f"--finished: no arm of `{name}` is finished in {arguments.workdir}; choose "
+                "its --workdir, or leave --finished out to train"
+            )
         experiment.report(options, results)
         print(f"written to {workdir}: report.md")
 

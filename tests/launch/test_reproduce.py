@@ -339,6 +339,16 @@ def test_an_experiment_by_one_command(program, tmp_path, monkeypatch):
     assert (workdir / "report.md").exists()
 
 
+@pytest.mark.parametrize("name", ["table2", "figure5", "long_run", "good_init"])
+def test_a_report_on_nothing_is_an_error_in_one_line(program, tmp_path, name):
+    done = program("reproduce", name, "--finished", f"--workdir={tmp_path}")
+    assert done.code == 2 and not list(tmp_path.iterdir())
+    line = done.err.splitlines()[-1]
+    assert (
+        f"no arm of `{name}` is finished in {tmp_path}" in line and "leave --finished out" in line
+    )
+
+
 def test_a_missing_data_set_is_an_error_in_one_line(program, tmp_path):
     flags = (f"--workdir={tmp_path}", f"--data_dir={tmp_path / 'nothing'}")
     done = program("reproduce", "figure5", *flags)
