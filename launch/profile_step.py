@@ -43,7 +43,7 @@ def main():
     shares = profile(step, programs.compiled_train_step.as_text())
     lines = [f"{'ms/step':>9} {'times':>6}  instruction, result, origin"]
     lines += [
-        f"{share.milliseconds:9.1f} {share.count:6.0f}  {share.name}  {share.shape}  {share.origin}"
+        f"{share.milliseconds:9.3f} {share.count:6.0f}  {share.name}  {share.shape}  {share.origin}"
         for share in shares[: flags.FLAGS.top]
     ]
     tell("\n".join(lines), sys.stdout)
