@@ -58,15 +58,16 @@ def _directory(options, kept, modulated):
 
 def report(options, results):
     """Accuracy at the end; orthonormality and the growth of the error along the run."""
-    rows = []
+    rows, drawn = [], []
     picture = new_picture(12, 3.8)
     panels = picture.subplots(1, 3)
     for (kept, modulated), records in results.items():
         color, style = COLORS[KEPT.index(kept)], {"off": "-", "on": ":"}[modulated]
-        ends = []
+        directory, ends = _directory(options, kept, modulated), []
         for seed, record in enumerate(records):
-            name = run_name(record["learning_rate"], record["steps"], record["seed"])
-            curves = _curves(_directory(options, kept, modulated) / name)
+            run = directory / run_name(record["learning_rate"], record["steps"], record["seed"])
+            curves = _curves(run)
+            drawn += [(run, name, *curve) for name, curve in curves.items()]
             label = f"{kept}, modulation {modulated}"
             for axes, curve in zip(panels, curves.values(), strict=True):
                 axes.plot(*curve, color=color, linestyle=style, label=None if seed else label)
@@ -106,6 +107,7 @@ def report(options, results):
         "largest factor between the second moments of the error at a site and at the topmost one, "
         "had nothing rescaled it.",
         pictures={"good_init": picture},
+        curves=drawn,
     )
 
 

@@ -52,7 +52,7 @@ def _directory(options, method, depth):
 
 def report(options, results):
     """Accuracy on training and test images along the run, and at its end."""
-    rows = []
+    rows, drawn = [], []
     depths = [d for d in DEPTHS if any(f"{method},{d}" in results for method in METHODS)]
     picture = new_picture(0.5 + 4.5 * len(depths), 3.8)
     panels = picture.subplots(1, len(depths), squeeze=False, sharey=True)[0]
@@ -61,9 +61,13 @@ def report(options, results):
             records = results.get(f"{method},{depth}")
             if records is None:
                 continue
-            curves = [_curves(options, method, depth, record) for record in records]
-            _draw(axes, curves, color, label)
-            on_training = [statistics.fmean(train[1][-8:]) for train, _ in curves]
+            directory, on_training = _directory(options, method, depth), []
+            for seed, record in enumerate(records):
+                run = directory / run_name(record["learning_rate"], record["steps"], record["seed"])
+                curves = _curves(run)
+                drawn += [(run, name, *curve) for name, curve in curves.items()]
+                _draw(axes, curves, color, None if seed else label)
+                on_training.append(statistics.fmean(curves["train"][1][-8:]))
             rows.append(
                 [
                     depth,
@@ -91,22 +95,21 @@ def report(options, results):
         "steps. In the picture test images have markers and training images none; in the table the "
         "latter are the mean of the last 400 steps, each seed.",
         pictures={"long_run": picture},
+        curves=drawn,
     )
 
 
-def _curves(options, method, depth, record):
-    """`(steps, accuracy in %)` on training images, and on test images."""
-    name = run_name(record["learning_rate"], record["steps"], record["seed"])
+def _curves(workdir):
+    """Kind -> `(steps, accuracy in %)`: on training images, and on test images."""
     found = {"train": ([], []), "test": ([], [])}
-    for metrics in read_metrics(_directory(options, method, depth) / name):
+    for metrics in read_metrics(workdir):
         if metrics["kind"] in found:
             steps, values = found[metrics["kind"]]
             steps.append(metrics["step"])
             values.append(100 * metrics["accuracy"])
-    return found["train"], found["test"]
+    return found
 
 
 def _draw(axes, curves, color, label):
-    for seed, (train, test) in enumerate(curves):
-        axes.plot(*train, color=color, linewidth=0.6, alpha=0.6)
-        axes.plot(*test, color=color, marker="o", markersize=3, label=None if seed else label)
+    axes.plot(*curves["train"], color=color, linewidth=0.6, alpha=0.6)
+    axes.plot(*curves["test"], color=color, marker="o", markersize=3, label=label)

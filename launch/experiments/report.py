@@ -63,7 +63,7 @@ def save_picture(options, name, picture):
     return f"![{name}]({name}.png)"
 
 
-def write_report(options, title, *paragraphs, pictures=None, records=None, runs=None):
+def write_report(options, title, *paragraphs, pictures=None, curves=None, records=None, runs=None):
     """Writes report.md, records.jsonl and the pictures, each as PNG and SVG, into the workdir.
 
     Args:
@@ -71,6 +71,8 @@ def write_report(options, title, *paragraphs, pictures=None, records=None, runs=
       title: heading of the report.
       *paragraphs: Markdown.
       pictures: name -> matplotlib figure; they come before the paragraphs.
+      curves: what the pictures are drawn of, `(directory of the run, name, steps, values)`; they
+        go to curves.jsonl, to four digits.
       records: dictionaries, of what trains nothing; None is the records of all runs, those of
         searches too.
       runs: the directory that the runs are in; None is the workdir.
@@ -88,5 +90,19 @@ def write_report(options, title, *paragraphs, pictures=None, records=None, runs=
             {"run": str(path.parent.relative_to(runs or workdir)), **json.loads(path.read_text())}
             for path in paths
         ]
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    write_atomic(workdir / "records.jsonl", lines.encode())
+    _write_lines(workdir / "records.jsonl", records)
+    if curves:
+        lines = [
+            {
+                "run": str(run.relative_to(runs or workdir)),
+                "curve": name,
+                "steps": steps,
+                "values": [float(f"{value:.4g}") for value in values],
+            }
+            for run, name, steps, values in curves
+        ]
+        _write_lines(workdir / "curves.jsonl", lines)
+
+
+def _write_lines(path, records):
+    write_atomic(path, "".join(json.dumps(record) + "\n" for record in records).encode())

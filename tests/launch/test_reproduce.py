@@ -252,6 +252,16 @@ def test_a_long_run_is_drawn_and_its_last_steps_averaged(options):
     assert text.count("| 50.00 ± 0.00 | 62.5, 62.5 | 2 |") == len(long_run.METHODS)
     assert "| 110 |" not in text
     assert (options.workdir / "long_run.png").read_bytes().startswith(b"\x89PNG")
+    curves = _curves(options.workdir)
+    assert len(curves) == 2 * len(options.seeds) * len(long_run.METHODS)
+    assert curves["ortho44/lr0.01-steps300-seed1", "test"] == ([800], [50.0])
+    assert curves["ortho44/lr0.01-steps300-seed1", "train"][1][:3] == [5.0, 10.0, 15.0]
+
+
+def _curves(workdir):
+    """`(run, curve)` -> `(steps, values)`, of the file beside the report."""
+    lines = map(json.loads, (workdir / "curves.jsonl").read_text().splitlines())
+    return {(line["run"], line["curve"]): (line["steps"], line["values"]) for line in lines}
 
 
 def test_what_keeps_kernels_is_told_by_orthonormality_and_growth_along_the_run(options):
@@ -273,6 +283,10 @@ def test_what_keeps_kernels_is_told_by_orthonormality_and_growth_along_the_run(o
     text = (options.workdir / "report.md").read_text()
     assert text.count("| 50.00 ± 0.00 | 50.0, 50.0 | 0.100 | 0.3, 0.3 | 3.5, 3.5 |") == len(results)
     assert (options.workdir / "good_init.png").read_bytes().startswith(b"\x89PNG")
+    curves = _curves(options.workdir)
+    assert len(curves) == 3 * len(options.seeds) * len(results)
+    # log10(1,000) and log10(3,000), to four digits
+    assert curves["L2_on/lr0.01-steps300-seed0", "growth"] == ([100, 300], [3.0, 3.477])
 
 
 def test_an_arm_that_diverged_is_reported_without_its_end(options):
