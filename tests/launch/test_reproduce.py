@@ -32,6 +32,7 @@ from experiments import (
     table2,
 )
 from orthojax.analysis.growth import log_growth
+from orthojax.configs import cifar10_plain
 from orthojax.models import PlainNet, in_order
 from orthojax.sites import SITE
 from orthojax.storage.metrics import MetricWriter
@@ -89,18 +90,25 @@ def test_a_penalty_decays_by_its_time_constants_in_a_run():
     assert -math.log(left) == pytest.approx(constraint.TIME_CONSTANTS, rel=0.1)
 
 
-def test_the_regularizer_of_the_short_figures_does_what_that_of_the_long_ones_does(options):
-    strengths = []
+def test_regularizers_do_in_shorter_runs_what_the_papers_does_in_its_own(options):
+    paper = _strength(cifar10_plain.get_config())
     for preset in PRESETS:
-        config = curves.config(dataclasses.replace(options, preset=preset), "plain44_ortho")
-        sections = config.optimizer, config.schedule, config.regularizer
-        optimizer, schedule, regularizer = (section.to_dict() for section in sections)
-        rate = make_optimizer(
-            optimizer=optimizer, schedule=schedule, regularizer=regularizer, steps=config.steps
-        )[1]
-        rates = jax.vmap(rate)(jnp.arange(config.steps))
-        strengths.append(regularizer["coefficient"] * float(rates.sum()))
-    assert strengths[0] == pytest.approx(strengths[1], rel=0.01)
+        options = dataclasses.replace(options, preset=preset)
+        assert _strength(curves.config(options, "plain44_ortho")) == pytest.approx(paper, rel=0.01)
+        for method, rate in zip(long_run.METHODS, (0.02, 0.05, 0.1, 0.2), strict=True):
+            config = long_run.config(options, method, 44, rate)
+            config.optimizer.learning_rate = rate
+            assert _strength(config) == pytest.approx(paper, rel=0.02)  # it warms up
+
+
+def _strength(config):
+    """λ Σ η of a config."""
+    sections = config.optimizer, config.schedule, config.regularizer
+    optimizer, schedule, regularizer = (section.to_dict() for section in sections)
+    rate = make_optimizer(
+        optimizer=optimizer, schedule=schedule, regularizer=regularizer, steps=config.steps
+    )[1]
+    return regularizer["coefficient"] * float(jax.vmap(rate)(jnp.arange(config.steps)).sum())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
