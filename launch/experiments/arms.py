@@ -8,6 +8,8 @@ LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5
 LONG_STEPS = {"cpu": 8_000, "full": 64_000}  # of runs that end where accuracy settles
 LONG_SEARCH_STEPS = {"cpu": 600, "full": 4_000}  # of the search for their rates
 
+PAPER_RATES = 0.1 * (32_000 + 0.1 * 16_000 + 0.01 * 16_000)  # Σ η of the paper's 64,000 steps
+
 MODULATED = {"decay": 0.9, "tolerance": 10.0}  # arguments of `orthojax.modulation`
 
 
@@ -50,6 +52,14 @@ def cifar10(depth, method, preset, data_dir=None):
 def clip(config):
     """Clips the gradient, and has BN statistics of one pass over 1,280 training images."""
     config.clip_grad_norm, config.recalibrate_bn = 1.0, 1_280
+
+
+def paper_coefficient(rate, steps):
+    """The coefficient with which λ Σ η is the paper's; the rate falls to 0 in a line or a cosine.
+
+    A kernel's distance from what the regularizer wants decays with λ Σ η.
+    """
+    return 1e-4 * PAPER_RATES / (rate * steps / 2)
 
 
 def lengthen(config, preset):

@@ -3,7 +3,14 @@
 import functools
 import statistics
 
-from experiments.arms import LADDER, LONG_SEARCH_STEPS, LONG_STEPS, cifar10, lengthen
+from experiments.arms import (
+    LADDER,
+    LONG_SEARCH_STEPS,
+    LONG_STEPS,
+    cifar10,
+    lengthen,
+    paper_coefficient,
+)
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
@@ -21,7 +28,6 @@ STARTS = {"isometric": 0.05, "residual": 0.2, "ortho": 0.1, "l2": 0.1}  # of the
 # So soon nets of 110 layers from He's start are at chance at any rate: theirs is that of 44 layers,
 # and that of Table 2, where the search takes 3,000 steps.
 LADDERS = {"l2,110": (0.1,)}
-PAPER_RATES = 0.1 * (32_000 + 0.1 * 16_000 + 0.01 * 16_000)  # Σ η of the paper's 64,000 steps
 
 
 def jobs(options):
@@ -45,7 +51,7 @@ def config(options, method, depth, rate):
     found = cifar10(depth, method, options.preset, options.data_dir)
     lengthen(found, options.preset)
     found.model.width, found.eval_every = 16, 500
-    found.regularizer.coefficient = 1e-4 * PAPER_RATES / (rate * found.steps / 2)
+    found.regularizer.coefficient = paper_coefficient(rate, found.steps)
     if method == "ortho":
         with found.ignore_type():
             found.modulation.steps = None

@@ -99,6 +99,9 @@ def test_regularizers_do_in_shorter_runs_what_the_papers_does_in_its_own(options
             config = long_run.config(options, method, 44, rate)
             config.optimizer.learning_rate = rate
             assert _strength(config) == pytest.approx(paper, rel=0.02)  # it warms up
+    for arm in ("modulated", "SGD + L2"):
+        config = modulation.config(110, arm + modulation.STRONG)
+        assert _strength(config) == pytest.approx(paper, rel=0.02)
 
 
 def _strength(config):
