@@ -92,7 +92,7 @@ def report(options, results):
             )
         axes.set(title=f"{depth} layers", xlabel="training step")
         clear_frame(axes)
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8)
     panels[0].set_ylabel("accuracy (%)")
     headings = ["layers", "net", "learning rate", "test accuracy (%)", "on training images", "n"]
     write_report(
