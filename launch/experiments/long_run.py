@@ -25,8 +25,8 @@ METHODS = {
     "l2": "plain, He + L2",
 }
 STARTS = {"isometric": 0.05, "residual": 0.2, "ortho": 0.1, "l2": 0.1}  # of the ladder
-# So soon nets of 110 layers from He's start are at chance at any rate: theirs is that of 44 layers,
-# and that of Table 2, where the search takes 3,000 steps.
+# From He's start nets of 110 layers are at chance after the search, at any rate: they have the rate
+# of 44 layers, which is also that of Table 2, where the search takes 3,000 steps.
 LADDERS = {"l2,110": (0.1,)}
 
 
@@ -51,6 +51,7 @@ def config(options, method, depth, rate):
     found = cifar10(depth, method, options.preset, options.data_dir)
     lengthen(found, options.preset)
     found.model.width, found.eval_every = 16, 500
+    found.optimizer.learning_rate = rate
     found.regularizer.coefficient = paper_coefficient(rate, found.steps)
     if method == "ortho":
         with found.ignore_type():

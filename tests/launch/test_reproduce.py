@@ -97,7 +97,6 @@ def test_regularizers_do_in_shorter_runs_what_the_papers_does_in_its_own(options
         assert _strength(curves.config(options, "plain44_ortho")) == pytest.approx(paper, rel=0.01)
         for method, rate in zip(long_run.METHODS, (0.02, 0.05, 0.1, 0.2), strict=True):
             config = long_run.config(options, method, 44, rate)
-            config.optimizer.learning_rate = rate
             assert _strength(config) == pytest.approx(paper, rel=0.02)  # it warms up
     for arm in ("modulated", "SGD + L2"):
         config = modulation.config(110, arm + modulation.STRONG)
