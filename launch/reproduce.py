@@ -24,7 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
-BEYOND = ("modulation", "hard_cases", "ablation", "depth", "constraint", "good_init")
+BEYOND = ("modulation", "mnist", "hard_cases", "ablation", "depth", "constraint", "good_init")
 AGAINST = ("gap", "long_run", "rivals")
 
 

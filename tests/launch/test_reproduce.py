@@ -27,6 +27,7 @@ from experiments import (
     good_init,
     hard_cases,
     long_run,
+    mnist,
     modulation,
     rivals,
     table2,
@@ -43,7 +44,7 @@ from reproduce import Options
 PRESETS = ("cpu", "full")
 CONFIGURED = (
     *(table2, figure5, gap, ablation, depth, rivals, constraint, hard_cases, long_run, modulation),
-    good_init,
+    *(good_init, mnist),
 )
 
 
