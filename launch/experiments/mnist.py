@@ -14,8 +14,8 @@ SHORT = {  # arms of 300 steps at the rate that the near-isometric net has on th
 SHORT_RATE = 0.01
 LONG = {  # arms of the experiment `modulation`
     "the paper's start, modulated": "modulated",
-    "the paper's start, clipped alone": "off",
     "SGD + L2 from He's start, clipped": "SGD + L2",
+    "the paper's start, clipped alone": "off",
 }
 
 

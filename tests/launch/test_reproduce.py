@@ -187,7 +187,7 @@ def record(seed=0, accuracy=0.5, diverged=None):
 
 
 @pytest.mark.parametrize(
-    "experiment", [table2, gap, ablation, depth, rivals, constraint, hard_cases, modulation]
+    "experiment", [table2, gap, ablation, depth, rivals, constraint, hard_cases, modulation, mnist]
 )
 def test_reports_hold_every_arm_its_spread_and_what_diverged(experiment, options):
     names = list(experiment.jobs(options))
