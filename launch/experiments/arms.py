@@ -62,6 +62,17 @@ def paper_coefficient(rate, steps):
     return 1e-4 * PAPER_RATES / (rate * steps / 2)
 
 
+def folder(*names):
+    """The name of an arm's directory.
+
+    Example:
+      >>> folder("the paper's start, modulated", 110)
+      'the_papers_start_modulated_110'
+    """
+    kept = "_".join(map(str, names)).replace(" ", "_")
+    return kept.replace(",", "").replace("'", "")
+
+
 def lengthen(config, preset):
     """A clipped run of `LONG_STEPS`, the rate down to 0 along a cosine."""
     config.steps = LONG_STEPS[preset]

@@ -2,7 +2,7 @@
 
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip, digits
+from experiments.arms import LADDER, cifar10, clip, digits, folder
 from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.training.sweep import tuned
@@ -69,7 +69,7 @@ def jobs(options):
                 def at(rate, case=(dataset, depth, start, arm)):
                     return config(*case, rate, options.data_dir)
 
-                name = f"{dataset}_{depth}_{start}_{arm}".replace(" ", "_").replace("'", "")
+                name = folder(dataset, depth, start, arm)
                 found[dataset, depth, start, arm] = tuned(
                     at, options.workdir / name, options.seeds, rates=LADDER, start=first
                 )

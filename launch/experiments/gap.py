@@ -3,7 +3,7 @@
 import itertools
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip, digits
+from experiments.arms import LADDER, cifar10, clip, digits, folder
 from experiments.report import accuracy, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.training.sweep import tuned
@@ -28,7 +28,7 @@ def jobs(options):
             start, name = 0.1, CLIPPED
         found[f"{name},{method},{depth}"] = tuned(
             config,
-            options.workdir / f"{name}_{method}{depth}".replace(" ", "_"),
+            options.workdir / folder(name, f"{method}{depth}"),
             options.seeds,
             rates=LADDER,
             start=start,

@@ -1,6 +1,6 @@
 """Where modulation may be worth having: kernels of the wrong size, and numbers of 16 bits."""
 
-from experiments.arms import LADDER, MODULATED, clip, digits
+from experiments.arms import LADDER, MODULATED, clip, digits, folder
 from experiments.report import CELLS, cells, table, write_report
 from experiments.rivals import PAPER
 from orthojax.training.sweep import over_seeds, tuned
@@ -60,20 +60,17 @@ def jobs(options):
     found = {}
     for scale in KERNELS:
         for means, (_, rate, _) in MEANS.items():
-            name = f"vgg_{scale:g}_{means}".replace(" ", "_").replace(",", "")
             found["kernels", scale, means] = tuned(
                 _vgg(scale, means),
-                options.workdir / name,
+                options.workdir / folder("vgg", f"{scale:g}", means),
                 options.seeds,
                 rates=LADDER,
                 start=rate,
             )
     for net in NETS:
         for precision in PRECISIONS:
-            name = "_".join((*map(str, net), precision))
-            name = name.replace(" ", "_").replace(",", "").replace("'", "")
             found["precision", net, precision] = over_seeds(
-                _plain(net, precision), options.workdir / name, options.seeds
+                _plain(net, precision), options.workdir / folder(*net, precision), options.seeds
             )
     return found
 

@@ -1,7 +1,7 @@
 """Does what the digits show at 110 layers hold on MNIST, with three times as many test images?"""
 
 from experiments import modulation
-from experiments.arms import digits
+from experiments.arms import digits, folder
 from experiments.report import CELLS, cells, table, write_report
 from orthojax.training.sweep import over_seeds
 
@@ -36,7 +36,7 @@ def jobs(options):
     return {
         arm: over_seeds(
             config(arm),
-            options.workdir / arm.replace(" ", "_").replace(",", "").replace("'", ""),
+            options.workdir / folder(arm),
             options.seeds,
         )
         for arm in (*SHORT, *LONG)

@@ -2,7 +2,7 @@
 
 import statistics
 
-from experiments.arms import LADDER, digits, paper_coefficient
+from experiments.arms import LADDER, digits, folder, paper_coefficient
 from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.configs import digits_plain110
@@ -94,7 +94,7 @@ def jobs(options):
     """(depth, arm) -> job. At 110 layers and more, where runs are long, one rate serves all."""
     found = {}
     for depth, arm in ORDER:
-        directory = options.workdir / f"{arm.replace(' ', '_').replace(',', '')}_{depth}"
+        directory = options.workdir / folder(arm, depth)
         if depth in SEARCHED:
             found[depth, arm] = tuned(
                 config(depth, arm), directory, options.seeds, rates=LADDER, start=0.05

@@ -2,7 +2,7 @@
 
 import statistics
 
-from experiments.arms import LADDER, MODULATED, cifar10, clip, digits
+from experiments.arms import LADDER, MODULATED, cifar10, clip, digits, folder
 from experiments.report import CELLS, cells, table, write_report
 from orthojax.analysis.picture import clear_frame, new_picture
 from orthojax.mean_field import critical_tanh, normalized_tanh_scale
@@ -118,10 +118,9 @@ def jobs(options):
         for depth in DEPTHS[dataset]:
             for arm in _arms(depth):
                 made = config(dataset, depth, arm, options.data_dir)
-                name = arm.replace(" ", "_").replace(",", "").replace("'", "")
                 found[dataset, depth, arm] = tuned(
                     made,
-                    options.workdir / f"{dataset}_{name}_{depth}",
+                    options.workdir / folder(dataset, arm, depth),
                     options.seeds,
                     rates=LADDER,
                     start=made.optimizer.learning_rate,
