@@ -34,11 +34,7 @@ def config(arm):
 def jobs(options):
     """Arm -> job."""
     return {
-        arm: over_seeds(
-            config(arm),
-            options.workdir / folder(arm),
-            options.seeds,
-        )
+        arm: over_seeds(config(arm), options.workdir / folder(arm), options.seeds)
         for arm in (*SHORT, *LONG)
     }
 
