@@ -36,6 +36,20 @@ class ShiftedRelu(nn.Module):
         return jnp.maximum(x, shift)
 
 
+class ParametricRelu(nn.Module):
+    """max(x, 0) + s·min(x, 0), with a trained `slope` s for each channel that begins at 1.
+
+    So a net begins linear, an isometry at any depth if its kernels are, and becomes nonlinear as
+    it learns. Source of the activation: He et al. 2015, arXiv:1502.01852.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        slope = self.param("slope", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        slope = slope.reshape((1,) * (x.ndim - 1) + slope.shape).astype(x.dtype)
+        return jnp.where(x > 0, x, slope * x)
+
+
 def crelu(x):
     """ReLU of x and of -x, side by side in twice the channels (Shang et al. 2016)."""
     return jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-1)
@@ -63,6 +77,7 @@ ACTIVATIONS: dict[str, Callable[[int], Activation]] = {
     "relu": lambda layers: Activation(lambda: jax.nn.relu),
     "tanh": lambda layers: Activation(lambda: jnp.tanh),
     "crelu": lambda layers: Activation(lambda: crelu, copies=2),
+    "prelu": lambda layers: Activation(ParametricRelu),
     "shifted_relu": lambda layers: Activation(ShiftedRelu),
     "tailored_relu": _tailored_relu,
     "shaped_softplus": _shaped_softplus,

@@ -18,6 +18,7 @@ from orthojax.ortho.kernels import VARIANTS
 from orthojax.ortho.matrix_adam import scale_by_matrix_adam
 from orthojax.ortho.measures import mean_correlation, ortho_penalty, orthonormality_error
 from orthojax.ortho.projection import project_orthonormal
+from orthojax.ortho.soap import SoapState, scale_by_soap, soap
 from orthojax.ortho.stiefel import StiefelState, stiefel
 from orthojax.ortho.transformation import OrthoState, decoupled_ortho, optax_ortho
 from orthojax.ortho.variants import (
@@ -41,6 +42,7 @@ __all__ = [
     "Layout",
     "MutualCoherence",
     "OrthoState",
+    "SoapState",
     "StiefelState",
     "Variant",
     "decoupled_ortho",
@@ -53,6 +55,8 @@ __all__ = [
     "orthonormality_error",
     "project_orthonormal",
     "scale_by_matrix_adam",
+    "scale_by_soap",
+    "soap",
     "stiefel",
     "views",
 ]

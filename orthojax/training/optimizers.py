@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from orthojax.config.sections import bind
 from orthojax.config.suggestion import suggestion
 from orthojax.errors import ConfigError
-from orthojax.ortho import optax_ortho, stiefel
+from orthojax.ortho import optax_ortho, soap, stiefel
 from orthojax.parallel.sharded_penalty import shard_penalty
 from orthojax.sites import SITE
 
@@ -62,6 +62,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "rmsprop": optax.rmsprop,
     "lars": optax.lars,
     "muon": muon,
+    "soap": soap,
 }
 # Of their arguments, those that make sense in a range alone, and which optax does not check.
 _FUNCTIONS = ("mask", "weight_decay_mask", "trust_ratio_mask", "view")
@@ -193,18 +194,12 @@ def make_optimizer(
       >>> float(schedule(0))
       0.10000000149011612
     """
-    arguments = dict(optimizer)
-    if arguments.get("learning_rate") is None:
-        raise ConfigError("missing from the config: `optimizer.learning_rate`")
-    _check_ranges(optimizer, "optimizer")
     _check_ranges(regularizer, "regularizer")
-    base = arguments["learning_rate"]
-    rates = bind_named(SCHEDULES, schedule, "schedule", base=base, steps=steps)
-    arguments["learning_rate"] = rates
+    bound, rates = _bind_optimizer(optimizer, "optimizer", schedule, steps)
     regularize = bind_named(REGULARIZERS, regularizer, "regularizer")
     if mesh is not None and regularizer["name"] == "ortho":
         regularize = shard_penalty(regularize, mesh)
-    chained = [regularize, bind_named(OPTIMIZERS, arguments, "optimizer")]
+    chained = [regularize, bound]
     if clip_grad_norm is not None:
         chained.insert(0, optax.clip_by_global_norm(clip_grad_norm))
     made = optax.chain(*chained)
@@ -217,6 +212,21 @@ def make_optimizer(
             )
         made = bind(stiefel, constraint, "constraint", inner=made)
     return made, rates
+
+
+def _bind_optimizer(section: Mapping, path: str, schedule: Mapping, steps: int):
+    """The optimizer of a section, and of one within it, each on the schedule; the first's rates."""
+    arguments = dict(section)
+    if arguments.get("learning_rate") is None:
+        raise ConfigError(f"missing from the config: `{path}.learning_rate`")
+    _check_ranges(section, path)
+    base = arguments["learning_rate"]
+    rates = bind_named(SCHEDULES, schedule, "schedule", base=base, steps=steps)
+    arguments["learning_rate"] = rates
+    if isinstance(arguments.get("rest"), Mapping | ConfigDict):
+        rest = arguments["rest"]
+        arguments["rest"], _ = _bind_optimizer(rest, f"{path}.rest", schedule, steps)
+    return bind_named(OPTIMIZERS, arguments, path), rates
 
 
 def _check_ranges(section: Mapping, path: str) -> None:
