@@ -13,6 +13,8 @@ from orthojax.ortho import (
     orthonormality_error,
     project_orthonormal,
     scale_by_matrix_adam,
+    scale_by_soap,
+    soap,
     stiefel,
     views,
 )
@@ -45,6 +47,8 @@ __all__ = [
     "project_orthonormal",
     "read",
     "scale_by_matrix_adam",
+    "scale_by_soap",
+    "soap",
     "stiefel",
     "train_and_evaluate",
     "views",

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
@@ -17,23 +16,25 @@ from orthojax.ortho.kernels import Kernel, penalized_or_refuse
 from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.views import View
 
-FACTORS = ("axes", "matrix")
 Bases = tuple[jax.Array | None, ...]
+Number = float | jax.Array
+
+LONGEST_SIDE = 1024
 
 
 class SoapState(NamedTuple):
     """State of `scale_by_soap`.
 
-    `mu` and `nu` are like the parameters, in the coordinates of the bases; float32 or better. The
-    others have an entry for each kernel, by path: a tuple with one `(blocks, side, side)` array, or
-    None, for each side.
+    `mu` and `nu` are like the parameters, those of a kernel in the coordinates of its bases;
+    float32 or better. The others hold, by path, a tuple of the matrices of each kernel:
+    `(blocks, side, side)` for a side with a basis, None for one without.
 
     Attributes:
       count: int32 scalar, updates so far.
       mu: first moments.
       nu: second moments.
       factors: running second moments of the gradient along each side.
-      bases: orthogonal matrices, whose columns are close to the factors' eigenvectors.
+      bases: orthogonal matrices, whose columns follow the eigenvectors of the factors.
     """
 
     count: jax.Array  # type: ignore[assignment]
@@ -44,23 +45,89 @@ class SoapState(NamedTuple):
 
 
 def scale_by_soap(
-    b1: jax.typing.ArrayLike = 0.95,
-    b2: jax.typing.ArrayLike = 0.95,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
     *,
-    factor_decay: jax.typing.ArrayLike = 0.95,
-    eps: jax.typing.ArrayLike = 1e-8,
-    refresh_every: jax.typing.ArrayLike = 10,
-    max_side: int = 1024,
-    factors: str = "axes",
+    factor_decay: Number = 0.95,
+    eps: Number = 1e-8,
+    refresh_every: Number = 10,
+    max_side: int | None = None,
     mask: Any = None,
     view: View | Any = None,
 ) -> optax.GradientTransformation:
-    if factors not in FACTORS:
-        raise ConfigError(f"factors={factors!r} is unknown: choose one of {FACTORS}")
+    r"""Rescale the updates of kernels by Adam in the eigenbases of their gradients' moments.
+
+    Each side `i` of a kernel has a running second moment of the gradient along it and a basis,
+
+    .. math::
+      L_i \leftarrow \beta L_i + (1 - \beta)\, G_{(i)} G_{(i)}^\top, \qquad
+      Q_i \leftarrow \mathrm{qr}(L_i Q_i), \qquad
+      \tilde G = G \times_1 Q_1^\top \times_2 Q_2^\top \cdots
+
+    where :math:`G_{(i)}` has side `i` as rows and all else as columns. Adam runs on the rotated
+    gradient :math:`\tilde G`, and what it returns is rotated back. The direction thus depends on
+    no choice of coordinates: rotate the inputs or outputs of a layer by an orthogonal matrix, and
+    the updates rotate with them. Without bases it is Adam, which everything that is no kernel gets.
+
+    A kernel has two sides, inputs and outputs. The inputs of a convolution are the channels at each
+    place of the window, as in Shampoo; where these are more than `max_side`, window and channels
+    are a side each, which takes a ninth of the products and fits less well. Stacked layers, feature
+    groups and attention heads are kernels of their own, worked on together. The state is two
+    moments of the size of the parameters and two `side × side` matrices for each side.
+
+    The first update takes its bases from `eigh`; it is not skipped. Afterwards each basis makes one
+    step of orthogonal iteration in `refresh_every` updates, the kernels in turn, so that no update
+    is slower than others. Both moments go with it: the first exactly, the second as that of
+    uncorrelated coordinates, so that a direction keeps its moment when eigenvectors change places.
+
+    Args:
+      b1: Decay of the first moment.
+      b2: Decay of the second moment.
+      factor_decay: :math:`\beta`.
+      eps: Added to the root of the second moment.
+      refresh_every: Updates from one refresh of a basis to the next, at least 1; may be traced.
+      max_side: The inputs of a convolution are two sides if they are more; any other longer side
+        has no basis. None is 1,024.
+      mask, view: See `optax_ortho`; what `False` exempts gets Adam.
+
+    Returns:
+      An `optax.GradientTransformation` with `SoapState`. Work is done in float32 or better, at full
+      precision; updates keep their dtype. Nothing is gathered or reduced over devices where the
+      parameters are replicated.
+
+    Raises:
+      ValueError: `update` without `params` (optax's message).
+      ConfigError: A decay outside [0, 1), a negative `eps`, `refresh_every` or
+        `max_side` below 1; as `optax_ortho`.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+      >>> tx = scale_by_soap()
+      >>> gradient = {"kernel": jnp.diag(jnp.array([4.0, 1.0, 0.1]))[:, :2], "bias": jnp.ones(2)}
+      >>> updates, _ = tx.update(gradient, tx.init(params), params)
+      >>> updates["kernel"].round(3).tolist()  # the polar factor of the first gradient
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+
+    References:
+      Vyas et al. 2024, `SOAP: Improving and Stabilizing Shampoo using Adam
+      <https://arxiv.org/abs/2409.11321>`_; Gupta et al. 2018, arXiv:1802.09568 (a factor for each
+      side of a tensor).
+    """
+    longest = LONGEST_SIDE if max_side is None else max_side
+    for name, value, low, high in (
+        ("b1", b1, 0, 1),
+        ("b2", b2, 0, 1),
+        ("factor_decay", factor_decay, 0, 1),
+        ("eps", eps, 0, math.inf),
+        ("refresh_every", refresh_every, 1, math.inf),
+        ("max_side", longest, 1, math.inf),
+    ):
+        if not isinstance(value, jax.Array) and not low <= value < high:
+            raise ConfigError(f"{name}={value!r} must be at least {low} and less than {high}")
 
     def read(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
-        return {kernel.path: _Sides.of(kernel, factors, max_side) for _, kernel in kernels}
+        return {kernel.path: _Sides.of(kernel, longest) for _, kernel in kernels}
 
     def init_fn(params):
         zeros = {
@@ -98,12 +165,12 @@ def scale_by_soap(
                 layout = sides[path]
                 gradient, mu, nu = map(layout.to_blocks, (gradient, mu, nu))
                 found = layout.learn(gradient, state.factors[path], factor_decay)
-                bases, mu, nu = _refreshed(
-                    state.count == 0, due[path], found, state.bases[path], mu, nu
-                )
+                first = _nothing_learned(state.factors[path])
+                bases, mu, nu = _refreshed(first, due[path], found, state.bases[path], mu, nu)
                 gradient = _rotate(gradient, bases)
                 mu, nu = decays.moments(gradient, mu, nu)
-                direction = _rotate(decays.direction(mu, nu, floor=True), bases, back=True)
+                direction = decays.direction(mu, nu, floor=any(layout.rotated))
+                direction = _rotate(direction, bases, back=True)
                 direction, mu, nu = map(layout.from_blocks, (direction, mu, nu))
                 new["factors"][path], new["bases"][path] = found, bases
             scaled.append(direction.astype(update.dtype))
@@ -117,26 +184,57 @@ def scale_by_soap(
 
 def soap(
     learning_rate: optax.ScalarOrSchedule,
-    b1: jax.typing.ArrayLike = 0.95,
-    b2: jax.typing.ArrayLike = 0.95,
+    b1: Number = 0.95,
+    b2: Number = 0.95,
     *,
     rest: optax.GradientTransformation | None = None,
     regularizer: optax.GradientTransformation | None = None,
-    factor_decay: jax.typing.ArrayLike = 0.95,
-    eps: jax.typing.ArrayLike = 1e-8,
-    refresh_every: jax.typing.ArrayLike = 10,
-    max_side: int = 1024,
-    factors: str = "axes",
+    factor_decay: Number = 0.95,
+    eps: Number = 1e-8,
+    refresh_every: Number = 10,
+    max_side: int | None = None,
     mask: Any = None,
     view: View | Any = None,
 ) -> optax.GradientTransformationExtraArgs:
+    """SOAP for kernels, and another optimizer for everything else.
+
+    Args:
+      learning_rate: Of the kernels, a number or a schedule. An entry of a kernel moves by about
+        this much in a step, as with Adam: 0.003 is a good start at 44 layers, 0.001 at 110.
+      b1, b2, factor_decay, eps, refresh_every, max_side, mask, view: See `scale_by_soap`.
+      rest: What trains everything else, with a learning rate of its own; None is Adam with the rate
+        of the kernels.
+      regularizer: Applied to the rescaled updates of the kernels before the rate, such as
+        `optax.add_decayed_weights(1e-2)` or `optax_ortho(1e-2)`: decoupled from the moments, and in
+        proportion to the rate.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`. `modulation`, `stiefel`, `optax.MultiSteps` and
+      others go around it; inside `stiefel` the moments are those of the Riemannian gradient.
+
+    Raises:
+      ConfigError: As `scale_by_soap`.
+
+    Example:
+      >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+      >>> tx = soap(0.1, rest=optax.sgd(0.5))
+      >>> updates, _ = tx.update(params, tx.init(params), params)
+      >>> updates["bias"].tolist()
+      [-0.5, -0.5]
+    """
+
     def parts(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
         axes = {path: None for path, _ in leaves_with_paths(params)}
         axes |= {kernel.path: kernel.axes for _, kernel in kernels}
         scale = scale_by_soap(
-            b1, b2, factor_decay=factor_decay, eps=eps, refresh_every=refresh_every,
-            max_side=max_side, factors=factors, view=axes,
+            b1,
+            b2,
+            factor_decay=factor_decay,
+            eps=eps,
+            refresh_every=refresh_every,
+            max_side=max_side,
+            view=axes,
         )
         after = [regularizer] * (regularizer is not None)
         of_kernels = optax.chain(scale, *after, optax.scale_by_learning_rate(learning_rate))
@@ -151,7 +249,9 @@ def soap(
             raise ValueError(NO_PARAMS_MSG)
         return parts(params).update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(lambda params: parts(params).init(params), update_fn)
+    return optax.GradientTransformationExtraArgs(
+        lambda params: parts(params).init(params), update_fn
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +275,7 @@ class _Decays:
             # What rotations leave where the gradient is zero is the rounding of its largest
             # entries, and must not be divided by itself.
             largest = jnp.max(root, axis=tuple(range(1, root.ndim)), keepdims=True)
-            denominator += float(jnp.finfo(root.dtype).eps) ** 0.75 * largest
+            denominator += float(jnp.finfo(root.dtype).eps) ** (2 / 3) * largest
         return first / denominator
 
 
@@ -198,18 +298,21 @@ class _Sides:
     rotated: tuple[bool, ...]
 
     @classmethod
-    def of(cls, kernel, factors, max_side):
+    def of(cls, kernel, max_side):
         axes, shape = kernel.axes.normalized(len(kernel.shape)), kernel.shape
         rest = [axis for axis in axes.inputs if axis not in axes.spatial]
         if axes.feature_groups == 1:
             # Of several input or output axes, as attention has them, the first are heads.
-            axes = dataclasses.replace(axes, inputs=(*axes.spatial, *rest[-1:]), outputs=axes.outputs[-1:])
+            axes = dataclasses.replace(
+                axes, inputs=(*axes.spatial, *rest[-1:]), outputs=axes.outputs[-1:]
+            )
         else:
             axes = dataclasses.replace(axes, inputs=(*axes.spatial, *rest))
         kernel = dataclasses.replace(kernel, axes=axes)
-        window = math.prod(shape[axis] for axis in axes.spatial)
-        inputs, outputs = kernel.fan
-        sizes = (inputs, outputs) if factors == "matrix" else (window, inputs // window, outputs)
+        sizes = kernel.fan
+        if axes.spatial and sizes[0] > max_side:
+            window = math.prod(shape[axis] for axis in axes.spatial)
+            sizes = (window, sizes[0] // window, sizes[1])
         return cls(kernel, sizes, tuple(1 < size <= max_side for size in sizes))
 
     @property
@@ -254,13 +357,15 @@ def _along(matrix, blocks, side):
     letters = "".join("xyz"[i] for i in range(blocks.ndim - 1))
     turned = letters.replace(letters[side], "n")
     return jnp.einsum(
-        f"bn{letters[side]},b{letters}->b{turned}", matrix, blocks,
+        f"bn{letters[side]},b{letters}->b{turned}",
+        matrix,
+        blocks,
         precision=jax.lax.Precision.HIGHEST,
     )
 
 
 def _due_blocks(count, refresh_every, sides):
-    """Path -> (first, last + 1) of the blocks to refresh: all blocks in turn, as many every time."""
+    """Path -> (first, last + 1) of the blocks to refresh: all in turn, as many in each update."""
     every = jnp.asarray(refresh_every).astype(jnp.int32)
     total, phase = sum(layout.blocks for layout in sides.values()), count % every
     first, last = phase * total // every, (phase + 1) * total // every
@@ -269,6 +374,12 @@ def _due_blocks(count, refresh_every, sides):
         found[path] = [jnp.clip(bound - start, 0, layout.blocks) for bound in (first, last)]
         start += layout.blocks
     return found
+
+
+def _nothing_learned(factors):
+    """Whether no gradient but zero has come so far, as in the first update within `modulation`."""
+    largest = [jnp.max(jnp.abs(factor)) for factor in factors if factor is not None]
+    return functools.reduce(jnp.maximum, largest, jnp.zeros([])) == 0
 
 
 def _refreshed(first, due, factors, bases, mu, nu):
@@ -293,7 +404,8 @@ def _refresh_block(factors, index, state):
         lambda new, old: jnp.matmul(
             jnp.swapaxes(new, 1, 2), old, precision=jax.lax.Precision.HIGHEST
         ),
-        new, old,
+        new,
+        old,
     )
     new_mu = functools.reduce(_apply_along, enumerate(change), pick(mu))
     squares = jax.tree.map(jnp.square, change)

@@ -202,16 +202,18 @@ def _channels_last(layout, stacked, depthwise, feature_groups, strides, override
             if isinstance(reading, _Reading):
                 alone = shape[-2] == 1 and _named(modules, depthwise)
                 groups = _matching(feature_groups, path, shape[-1] if alone else 1)
-                reading = _axes(reading, len(shape), groups)
+                heads = evidence.attention(modules) is not None
+                reading = _axes(reading, len(shape), groups, heads)
             axes[path] = reading
         return _with_rules(params, axes, strides, overrides)
 
     return view
 
 
-def _axes(reading: _Reading, rank: int, groups: int) -> KernelAxes:
+def _axes(reading: _Reading, rank: int, groups: int, heads: bool) -> KernelAxes:
     first_output = rank - reading.outputs
-    window = tuple(range(reading.stack, rank - 2)) if reading.outputs == 1 else ()
+    alone = reading.outputs > 1 or heads
+    window = () if alone else tuple(range(reading.stack, rank - 2))
     if reading.transposed:
         return KernelAxes((*window, rank - 1), (rank - 2,), window, groups)
     inputs = tuple(range(reading.stack, first_output))
@@ -238,7 +240,7 @@ class _Evidence:
         if len(shape) < 2:
             return f"rank {len(shape)}"
         named = sum(_named([module], self.stacked) for module in modules)
-        known, attention = self._known_stack(path), self._attention(modules)
+        known, attention = self._known_stack(path), self.attention(modules)
         if self._bias_of(path) is not None:
             return self._by_bias(path, named, known, attention)
         transposed = self.layout.view == "haiku" and _named(modules, ("transpose",))
@@ -339,7 +341,7 @@ class _Evidence:
         inside = self.below[f"{module}/{child}" if module else child]
         return any(name.rpartition("/")[2] == self.layout.kernel for name in inside)
 
-    def _attention(self, modules) -> int | None:
+    def attention(self, modules) -> int | None:
         """Number of stack axes of Flax's attention, known by its `query` and `out`; else `None`."""
         if not modules or modules[-1] not in ("query", "key", "value", "out"):
             return None
