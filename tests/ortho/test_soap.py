@@ -116,7 +116,7 @@ def test_rounding_errors_are_no_directions():
 def of_a_stack(refresh_every=2):
     """Eight updates of three stacked kernels, in float64, and the states after them."""
     with jax.enable_x64(True):
-        gradients = [{"scanned": {"kernel": jnp.asarray(draw(s, 3, 2, 2, 3, 4))}} for s in range(8)]
+        gradients = [{"scanned": {"kernel": jnp.asarray(draw(s, 3, 2, 1, 2, 4))}} for s in range(8)]
         tx, found, states = scale_by_soap(**DECAYS, refresh_every=refresh_every), [], []
         state, update = tx.init(gradients[0]), jax.jit(tx.update)
         for gradient in gradients:
@@ -136,10 +136,10 @@ def test_every_kernel_of_a_stack_follows_the_reference():
     gradients, found, states = of_a_stack()
     turns = [[True] * 3, *refreshed(states)]
     for layer in range(3):
-        reference = Reference((12, 4), **DECAYS)
+        reference = Reference((4, 4), **DECAYS)
         for gradient, updates, turn in zip(gradients, found, turns, strict=True):
-            expected = reference.update(gradient[layer].reshape(12, 4), turn[layer])
-            np.testing.assert_allclose(updates[layer].reshape(12, 4), expected, atol=1e-6)
+            expected = reference.update(gradient[layer].reshape(4, 4), turn[layer])
+            np.testing.assert_allclose(updates[layer].reshape(4, 4), expected, atol=1e-7)
 
 
 def test_refreshes_take_turns():
@@ -166,16 +166,16 @@ def orthogonal(seed, n):
 
 def test_rotated_gradients_have_rotated_updates():
     """Equivariance under orthogonal maps of the input and of the output channels."""
-    inputs, outputs = orthogonal(1, 3), orthogonal(2, 4)
+    inputs, outputs = orthogonal(1, 2), orthogonal(2, 4)
     with jax.enable_x64(True):
-        plain = [draw(seed, 2, 2, 3, 4) for seed in range(5)]
+        plain = [draw(seed, 2, 1, 2, 4) for seed in range(5)]
         turned = [np.einsum("ic,do,hwco->hwid", inputs, outputs, g) for g in plain]
         tx = scale_by_soap(refresh_every=2)
         trees = [[{"kernel": jnp.asarray(g)} for g in history] for history in (plain, turned)]
         found = [run(tx, tree, tree[0])[0] for tree in trees]
         for one, other in zip(*found, strict=True):
             expected = np.einsum("ic,do,hwco->hwid", inputs, outputs, one["kernel"])
-            np.testing.assert_allclose(other["kernel"], expected, atol=1e-6)
+            np.testing.assert_allclose(other["kernel"], expected, atol=1e-7)
 
 
 def test_without_bases_it_is_adam():
