@@ -138,6 +138,27 @@ def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
     return init
 
 
+def carrying(share: float = 0.5):
+    """Orthonormal kernels of which a share of the outputs carries inputs on, and the rest computes.
+
+    Output `i` of the carrying is input `i`, by its center tap alone. The others are orthonormal
+    3×3 columns over all inputs but those center taps, so that all columns are orthonormal.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        *window, inputs, outputs = shape
+        carried = min(inputs, round(share * outputs))
+        center = tuple((size - 1) // 2 for size in window)
+        kernel = jnp.zeros(shape, dtype).at[(*center, jnp.arange(carried), jnp.arange(carried))].set(1)
+        free = jnp.ones(shape[:-1], dtype).at[(*center, jnp.arange(carried))].set(0)
+        normal = jax.random.normal(key, (*shape[:-1], outputs - carried), dtype) * free[..., None]
+        rows = math.prod(shape[:-1])
+        columns = orthonormal_factor(normal.reshape(rows, -1)).reshape(normal.shape)
+        return kernel.at[..., carried:].set(columns)
+
+    return init
+
+
 def mirrored(init):
     """Kernels `[K, -K]` over the inputs, for layers above a CReLU: `K relu(x) - K relu(-x) = K x`.
 

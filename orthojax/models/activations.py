@@ -43,9 +43,14 @@ class ParametricRelu(nn.Module):
     it learns. Source of the activation: He et al. 2015, arXiv:1502.01852.
     """
 
+    carry: float = 1.0
+
     @nn.compact
     def __call__(self, x):
-        slope = self.param("slope", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        def first(key, shape, dtype):
+            return (jnp.arange(shape[-1]) < round(self.carry * shape[-1])).astype(dtype)
+
+        slope = self.param("slope", first, x.shape[-1:], jnp.float32)
         slope = slope.reshape((1,) * (x.ndim - 1) + slope.shape).astype(x.dtype)
         return jnp.where(x > 0, x, slope * x)
 
@@ -78,6 +83,7 @@ ACTIVATIONS: dict[str, Callable[[int], Activation]] = {
     "tanh": lambda layers: Activation(lambda: jnp.tanh),
     "crelu": lambda layers: Activation(lambda: crelu, copies=2),
     "prelu": lambda layers: Activation(ParametricRelu),
+    "prelu_half": lambda layers: Activation(lambda: ParametricRelu(0.5)),
     "shifted_relu": lambda layers: Activation(ShiftedRelu),
     "tailored_relu": _tailored_relu,
     "shaped_softplus": _shaped_softplus,

@@ -50,6 +50,13 @@ class LayerSpec:
     norm: str = "batch"
     bias_std: float = 0.0
     parametrization: str = "direct"
+    carry: float = 1.0
+
+    def bias_init(self, key, shape, dtype=jnp.float32):
+        """Biases of batch normalization, `(features,)`: `bn_bias` where a channel carries, else 0."""
+        del key
+        carried = jnp.arange(shape[-1]) < round(self.carry * shape[-1])
+        return jnp.where(carried, self.bn_bias, 0).astype(dtype)
 
 
 class ConvBN(nn.Module):
@@ -100,7 +107,7 @@ class ConvBN(nn.Module):
                 momentum=BN_MOMENTUM,
                 epsilon=BN_EPSILON,
                 dtype=spec.dtype,
-                bias_init=nn.initializers.constant(spec.bn_bias),
+                bias_init=spec.bias_init,
                 scale_init=nn.initializers.constant(spec.bn_scale),
                 name="bn",
             )(x)

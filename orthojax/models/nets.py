@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.initializers import delta_orthonormal, mirrored, orthonormal
+from orthojax.initializers import carrying, delta_orthonormal, mirrored, orthonormal
 from orthojax.linen import counted_sites
 from orthojax.models.activations import ACTIVATIONS
 from orthojax.models.blocks import (
@@ -26,6 +26,7 @@ from orthojax.models.stacking import REMATS, Stage
 KERNEL_INITS = {
     "orthonormal": (orthonormal, orthonormal),
     "delta_orthonormal": (delta_orthonormal, orthonormal),
+    "carrying": (carrying, orthonormal),
     "he": (nn.initializers.he_normal, nn.initializers.he_normal),
 }
 NORMS = ("batch", "none")
@@ -111,6 +112,7 @@ class ConvNet(nn.Module):
     bias_std: float = 0.0
     activation: str = "relu"
     parametrization: str = "direct"
+    carry: float = 1.0
     bn_bias: float = 0.0
     bn_scale: float = 1.0
     bn_groups: int = 1
@@ -178,8 +180,10 @@ class ConvNet(nn.Module):
         if callable(self.kernel_init):
             inits = (self.kernel_init,) * 2
         else:
-            gain = {} if self.kernel_init == "he" else {"gain": self.kernel_gain}
+            gain = {} if self.kernel_init in ("he", "carrying") else {"gain": self.kernel_gain}
             inits = tuple(make(**gain) for make in KERNEL_INITS[self.kernel_init])
+            if self.kernel_init == "carrying":
+                inits = carrying(self.carry), inits[1]
         if self.activation == "crelu" and not first:
             inits = tuple(map(mirrored, inits))
         return LayerSpec(
@@ -193,6 +197,7 @@ class ConvNet(nn.Module):
             norm=self.norm,
             bias_std=self.bias_std,
             parametrization=self.parametrization,
+            carry=self.carry,
         )
 
     @nn.compact
