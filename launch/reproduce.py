@@ -11,6 +11,7 @@ it again to go on. `--resume` does that alone: it is an error where nothing was 
 
 import argparse
 import dataclasses
+import fnmatch
 import importlib
 import os
 import pathlib
@@ -25,7 +26,7 @@ keep_compiled_programs()
 
 PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
 BEYOND = ("modulation", "mnist", "hard_cases", "ablation", "depth", "constraint", "good_init")
-AGAINST = ("gap", "long_run", "rivals")
+AGAINST = ("gap", "long_run", "race", "rivals")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,9 @@ def main():
     parser.add_argument(
         "--finished", action="store_true", help="train nothing; report on what has been trained"
     )
+    parser.add_argument(
+        "--only", metavar="PATTERN", help="train only arms of such names, such as '*44*SOAP*'"
+    )
     add_keep_memory(parser)
     arguments = parser.parse_args()
     if arguments.keep_memory:
@@ -89,6 +93,15 @@ def reproduce(arguments):
         seeds = tuple(range(arguments.seeds))
         options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
         jobs = experiment.jobs(options)
+        if arguments.only is not None:
+            named = {_name(key): key for key in jobs}
+            kept = fnmatch.filter(named, arguments.only)
+            if not kept:
+                raise WorkdirError(
+                    f"--only={arguments.only} matches no arm of `{name}`; they are "
+                    f"{', '.join(map(repr, named))}"
+                )
+            jobs = {named[arm]: jobs[named[arm]] for arm in kept}
         results = finished(jobs) if arguments.finished else work(jobs)
         if jobs and not results:
             raise WorkdirError(
@@ -97,6 +110,11 @@ def reproduce(arguments):
             )
         experiment.report(options, results)
         print(f"written to {workdir}: report.md")
+
+
+def _name(key):
+    """Of an arm: keys of jobs are strings, or tuples of what tells one from another."""
+    return key if isinstance(key, str) else ", ".join(map(str, key))
 
 
 if __name__ == "__main__":

@@ -149,7 +149,9 @@ def carrying(share: float = 0.5):
         *window, inputs, outputs = shape
         carried = min(inputs, round(share * outputs))
         center = tuple((size - 1) // 2 for size in window)
-        kernel = jnp.zeros(shape, dtype).at[(*center, jnp.arange(carried), jnp.arange(carried))].set(1)
+        kernel = (
+            jnp.zeros(shape, dtype).at[(*center, jnp.arange(carried), jnp.arange(carried))].set(1)
+        )
         free = jnp.ones(shape[:-1], dtype).at[(*center, jnp.arange(carried))].set(0)
         normal = jax.random.normal(key, (*shape[:-1], outputs - carried), dtype) * free[..., None]
         rows = math.prod(shape[:-1])

@@ -18,11 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from orthojax.models import BatchNorm, ConvNet, unstack_blocks
+from orthojax.models import BatchNorm, ConvNet, repvgg, unstack_blocks
 from orthojax.models.blocks import BN_EPSILON
 from orthojax.models.dirac import dirac_kernel
 
-_FOLDED = ("conv", "bn", "dirac_identity", "dirac_scale")  # of a layer
+_FOLDED = (  # of a layer
+    *("conv", "bn", "dirac_identity", "dirac_scale"),
+    *(repvgg.POINT, repvgg.POINT_BN, repvgg.IDENTITY_BN),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +69,32 @@ def _fold(params: Mapping[str, Any], statistics: Mapping[str, Any]) -> dict[str,
             name: _fold(value, statistics.get(name, {})) if isinstance(value, Mapping) else value
             for name, value in params.items()
         }
-    given = {**params["bn"], **statistics["bn"]}
-    bn = {name: np.asarray(leaf, np.float64) for name, leaf in given.items()}
-    factor = bn["scale"] / np.sqrt(bn["var"] + BN_EPSILON)
+    affine = {
+        name: _affine(params[name], statistics[name])
+        for name in ("bn", repvgg.POINT_BN, repvgg.IDENTITY_BN)
+        if name in params
+    }
     kernel = params["conv"]["kernel"]
     if "dirac_identity" in params:
         kernel = dirac_kernel(kernel, params["dirac_identity"], params["dirac_scale"])
-    kernel = np.asarray(kernel, np.float64) * factor
-    bias = bn["bias"] - factor * bn["mean"]
+    factors = {name: factor for name, (factor, _) in affine.items()}
+    kernel = np.asarray(kernel, np.float64) * factors["bn"]
+    if repvgg.POINT in params:
+        kernel = repvgg.folded(kernel, factors, params)
+    bias = sum(bias for _, bias in affine.values())
     return {
         "conv": {"kernel": jnp.asarray(kernel, jnp.float32)},
         "bn": {"bias": jnp.asarray(bias, jnp.float32)},
         **{name: value for name, value in params.items() if name not in _FOLDED},
     }
+
+
+def _affine(params, statistics):
+    """Factor and bias of a batch normalization, float64 (C,)."""
+    given = {**params, **statistics}
+    bn = {name: np.asarray(leaf, np.float64) for name, leaf in given.items()}
+    factor = bn["scale"] / np.sqrt(bn["var"] + BN_EPSILON)
+    return factor, bn["bias"] - factor * bn["mean"]
 
 
 def _add_bias(call, args, kwargs, context):

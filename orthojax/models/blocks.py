@@ -1,6 +1,7 @@
 """The blocks of plain and residual nets, and the Conv-BN layers that they consist of."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from orthojax.models.activations import Activation
 from orthojax.models.convolution import conv_general_dilated
 from orthojax.models.dirac import dirac
 from orthojax.models.normalization import BatchNorm
+from orthojax.models.repvgg import IDENTITY_BN, POINT, POINT_BN, centers
 from orthojax.sites import modulate
 
 #: Of the running statistics of batch normalization.
@@ -35,7 +37,8 @@ class LayerSpec:
       bn_groups: groups of the batch that batch normalization treats apart.
       norm: "batch", or "none": then a convolution has a bias.
       bias_std: standard deviation of that bias at initialization.
-      parametrization: "direct", or "dirac" where a kernel keeps channels and resolution.
+      carry: share of the channels that `bn_bias` is the bias of; that of the others is 0.
+      parametrization: "direct"; "dirac", where a kernel keeps channels and resolution; "repvgg".
     """
 
     kernel_init: Any
@@ -53,7 +56,7 @@ class LayerSpec:
     carry: float = 1.0
 
     def bias_init(self, key, shape, dtype=jnp.float32):
-        """Biases of batch normalization, `(features,)`: `bn_bias` where a channel carries, else 0."""
+        """`(features,)` biases of batch normalization: `bn_bias` of channels that carry, else 0."""
         del key
         carried = jnp.arange(shape[-1]) < round(self.carry * shape[-1])
         return jnp.where(carried, self.bn_bias, 0).astype(dtype)
@@ -80,26 +83,30 @@ class ConvBN(nn.Module):
         spec = self.spec
         copies = spec.activation.copies
         same = x.shape[-1] == copies * self.features and self.stride == 1
-        normalized = spec.norm == "batch"
+        normalized, branched = spec.norm == "batch", spec.parametrization == "repvgg"
         convolve = conv_general_dilated if train else None
-        x = nn.Conv(
-            self.features,
-            (self.window, self.window),
-            self.stride,
-            use_bias=not normalized,
-            dtype=spec.dtype,
-            kernel_init=spec.kernel_init if same else spec.change_init,
-            bias_init=nn.initializers.normal(spec.bias_std),
-            # In evaluation JAX's own, which forward-mode differentiation goes through.
-            conv_general_dilated=dirac(self, self.features, convolve)
-            if same and spec.parametrization == "dirac"
-            else convolve,
-            name="conv",
-        )(x)
         activation = spec.activation.make() if self.activate else None
-        fused = normalized and activation is jax.nn.relu
-        if normalized:
-            x = BatchNorm(
+        fused = normalized and not branched and activation is jax.nn.relu
+
+        def conv(name, window, stride):
+            return nn.Conv(
+                self.features,
+                (window, window),
+                stride,
+                use_bias=not normalized,
+                dtype=spec.dtype,
+                kernel_init=spec.kernel_init if same else spec.change_init,
+                bias_init=nn.initializers.normal(spec.bias_std),
+                # In evaluation JAX's own, which forward-mode differentiation goes through.
+                conv_general_dilated=dirac(self, self.features, convolve)
+                if same and spec.parametrization == "dirac"
+                else convolve,
+                name=name,
+            )
+
+        def norm(name, bias_init=nn.initializers.zeros):
+            branches = (3 if same else 2) if branched else 1
+            return BatchNorm(
                 use_running_average=not train,
                 relu=fused,
                 modulated=spec.modulated,
@@ -107,13 +114,22 @@ class ConvBN(nn.Module):
                 momentum=BN_MOMENTUM,
                 epsilon=BN_EPSILON,
                 dtype=spec.dtype,
-                bias_init=spec.bias_init,
-                scale_init=nn.initializers.constant(spec.bn_scale),
-                name="bn",
-            )(x)
+                bias_init=bias_init,
+                scale_init=nn.initializers.constant(spec.bn_scale / math.sqrt(branches)),
+                name=name,
+            )
+
+        y = conv("conv", self.window, self.stride)(x)
+        if normalized:
+            y = norm("bn", spec.bias_init)(y)
         elif spec.modulated and (site := site_of(self)) is not None:
-            x = modulate(x, site)
-        return x if activation is None or fused else activation(x)
+            y = modulate(y, site)
+        if branched:
+            read = centers(x, self.stride, self.window)
+            y += norm(POINT_BN)(conv(POINT, 1, 1)(read))
+            if same:
+                y += norm(IDENTITY_BN)(x)
+        return y if activation is None or fused else activation(y)
 
 
 @dataclasses.dataclass(frozen=True)

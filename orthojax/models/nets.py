@@ -30,7 +30,7 @@ KERNEL_INITS = {
     "he": (nn.initializers.he_normal, nn.initializers.he_normal),
 }
 NORMS = ("batch", "none")
-PARAMETRIZATIONS = ("direct", "dirac")
+PARAMETRIZATIONS = ("direct", "dirac", "repvgg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,8 @@ class ConvNet(nn.Module):
         "tailored_relu" and "shaped_softplus", which are solved from the depth (Zhang et al. 2022,
         Martens et al. 2021).
       parametrization: "direct", or "dirac": kernels that keep the shape have the identity inside
-        them (Zagoruyko and Komodakis 2017).
+        them (Zagoruyko and Komodakis 2017); "repvgg": linear branches beside every kernel, which
+        `orthojax.inference` folds into it (Ding et al. 2021).
       bn_bias: initial bias of every BN. The paper's is 0; a positive one lets most units pass
         the ReLU unchanged, so that a deep plain net is closer to an isometry at initialization.
       bn_scale: initial scale of every BN.
@@ -166,6 +167,13 @@ class ConvNet(nn.Module):
             raise ValueError(
                 f"kernel_gain={self.kernel_gain} is of orthonormal kernels, and changes nothing "
                 f"where kernel_init={self.kernel_init!r}"
+            )
+        if self.parametrization == "repvgg" and (
+            self.norm == "none" or self.modulated or self.activation == "crelu"
+        ):
+            raise ValueError(
+                f"parametrization='repvgg' is of branches with batch normalization, without sites: "
+                f"norm={self.norm!r}, modulated={self.modulated}, activation={self.activation!r}"
             )
         if self.activation == "crelu" and self.block is not PlainBlock:
             raise ValueError("activation='crelu' doubles the channels, which no shortcut does")

@@ -46,12 +46,13 @@ def train_once(run: Run) -> Record:
     """The record of a run, which is trained if it has none yet.
 
     Returns:
-      `test_accuracy`, on the whole test split, a fraction of one; `train_loss`, the mean over the
-      last tenth of the steps; `seed`; `learning_rate`; `steps`; `seconds`, of the last start;
-      `diverged`, None or the message; and, where layers are observed, `orthonormality_error` when
-      they last were. A run that diverged has the `test_accuracy` 0 and no finite
-      `train_loss` (null in the file). What the run prints goes to a file
-      beside its directory, of the same name and `.log`.
+      `test_accuracy`, on the whole test split, a fraction of one; `train_loss` and
+      `train_accuracy`, the means over the last tenth of the steps; `seed`; `learning_rate`, and
+      `rest_rate` if the optimizer has one for the rest; `steps`; `seconds`, of the last start;
+      `cpu_seconds`, of the process, or None if there was more than one start; `diverged`, None or
+      the message; and, where layers are observed, `orthonormality_error` when they last were. A run
+      that diverged has accuracies of 0 and no finite `train_loss` (null in the file). What the run
+      prints goes to a file beside its directory, of the same name and `.log`.
 
     Raises:
       WorkdirBusyError: another process is training it.
@@ -77,23 +78,29 @@ def _train(run: Run) -> Record:
         "steps": run.config.steps,
         "diverged": None,
     }
+    if "rest" in run.config.optimizer:
+        record["rest_rate"] = run.config.optimizer.rest.learning_rate
+    fresh, start = not run.workdir.exists(), time.process_time()
     with log.open("a") as file, contextlib.redirect_stderr(file):
         try:
             summary = train_and_evaluate(run.config, run.workdir)
         except DivergenceError as error:
-            nothing = {"test_accuracy": 0.0, "train_loss": None, "seconds": None}
-            return {**record, **nothing, "diverged": str(error)}
-    losses = []
+            nothing = dict.fromkeys(("train_loss", "seconds", "cpu_seconds"))
+            none_right = {"test_accuracy": 0.0, "train_accuracy": 0.0}
+            return {**record, **nothing, **none_right, "diverged": str(error)}
+    last = []
     for metrics in read_metrics(run.workdir):
         if metrics["kind"] == "train" and metrics["step"] > 0.9 * run.config.steps:
-            losses.append(metrics["loss"])
+            last.append(metrics)
         elif metrics["kind"] == "layers":
             record["orthonormality_error"] = metrics["orthonormality_error"]
     return {
         **record,
         "test_accuracy": summary["test_accuracy"],
-        "train_loss": statistics.fmean(losses),
+        "train_loss": statistics.fmean(metrics["loss"] for metrics in last),
+        "train_accuracy": statistics.fmean(metrics["accuracy"] for metrics in last),
         "seconds": summary["seconds"],
+        "cpu_seconds": time.process_time() - start if fresh else None,
     }
 
 
@@ -166,7 +173,7 @@ def over_seeds(config: ConfigDict, directory: pathlib.Path, seeds: Sequence[int]
     """A job: the same config with each of the seeds; returns their records."""
     records = []
     for seed in seeds:
-        records.append((yield _run(config, directory, seed)))
+        records.append((yield run_at(config, directory, seed)))
     return records
 
 
@@ -198,28 +205,43 @@ def tuned(
       The records at the best rate, one for each seed.
     """
 
-    def at(index):
-        made = config(rates[index]) if callable(config) else copy.deepcopy(config)
-        made.optimizer.learning_rate = rates[index]
+    def at(rate):
+        made = config(rate) if callable(config) else copy.deepcopy(config)
+        made.optimizer.learning_rate = rate
         return made
 
+    def run(rate):
+        search = at(rate)
+        search.steps = search_steps or search.steps
+        return run_at(search, directory, seeds[0])
+
+    best = yield from climb(run, rates, start)
+    return (yield from over_seeds(at(best), directory, seeds))
+
+
+def climb(run: Callable[[float], Run], rates: Sequence[float], start: float) -> Job:
+    """A job: the rate of a ladder with the smallest training loss, as `tuned` finds it.
+
+    Args:
+      run: of a rate.
+      rates: the ladder, in ascending order.
+      start: one of them.
+    """
     losses: dict[int, float] = {}
     here = rates.index(start)
     while True:
         for index in (here, here - 1, here + 1):
             if 0 <= index < len(rates) and index not in losses:
-                search = at(index)
-                search.steps = search_steps or search.steps
-                losses[index] = (yield _run(search, directory, seeds[0]))["train_loss"]
+                losses[index] = (yield run(rates[index]))["train_loss"]
         # Where all diverge or none learns it goes down: to the smallest of equals.
         best = min(losses, key=lambda index: (losses[index], index))
         if best == here:
-            break
+            return rates[best]
         here = best
-    return (yield from over_seeds(at(here), directory, seeds))
 
 
-def _run(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:
+def run_at(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:
+    """The run of a config with a seed, in a directory of its own within that of its arm."""
     config = copy.deepcopy(config)
     config.seed = seed
     return Run(directory / run_name(config.optimizer.learning_rate, config.steps, seed), config)

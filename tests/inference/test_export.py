@@ -44,7 +44,13 @@ def images():
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"), [(PlainNet, {}), (ResNet, {}), (ResNet, {"scan": False})]
+    ("kind", "options"),
+    [
+        (PlainNet, {}),
+        (PlainNet, {"parametrization": "repvgg"}),
+        (ResNet, {}),
+        (ResNet, {"scan": False}),
+    ],
 )
 def test_a_folded_net_is_the_same_net(kind, options, images):
     classifier = make_classifier(kind, **options)

@@ -27,11 +27,12 @@ NETS = {
     "shaped": {"norm": "none", "activation": "shaped_softplus"},
     "normalized tanh": {"activation": "tanh", "bn_scale": 0.4},
     "Dirac": {"parametrization": "dirac"},
+    "RepVGG": {"parametrization": "repvgg"},
 }
 
 
 def make(name):
-    kernel_init = "he" if name == "Dirac" else "delta_orthonormal"
+    kernel_init = "he" if name in ("Dirac", "RepVGG") else "delta_orthonormal"
     return SmallPlainNet(**{"kernel_init": kernel_init, **NETS[name]})
 
 

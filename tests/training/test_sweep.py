@@ -36,7 +36,8 @@ def trained(monkeypatch):
             raise DivergenceError("training diverged at step 3")
         with MetricWriter(workdir) as writer:
             for step in range(1, config.steps + 1):  # the mean over the last tenth is `loss`
-                writer.write(step, "train", loss=loss if step > 0.9 * config.steps else 99.0)
+                late = step > 0.9 * config.steps
+                writer.write(step, "train", loss=loss if late else 99.0, accuracy=float(late))
         return {"test_accuracy": 0.5, "seconds": 1.0}
 
     monkeypatch.setattr(sweep, "train_and_evaluate", train)
@@ -140,7 +141,7 @@ def train(config, workdir):
     print(workdir, flush=True)
     time.sleep(0.5)
     with MetricWriter(workdir) as writer:
-        writer.write(config.steps, "train", loss=1.0)
+        writer.write(config.steps, "train", loss=1.0, accuracy=0.5)
     return {"test_accuracy": 0.5, "seconds": 1.0}
 
 sweep.train_and_evaluate = train
