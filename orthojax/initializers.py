@@ -139,24 +139,51 @@ def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
 
 
 def carrying(share: float = 0.5):
-    """Orthonormal kernels of which a share of the outputs carries inputs on, and the rest computes.
+    """Orthonormal kernels in which a share of the outputs carries inputs on; the rest computes.
 
-    Output `i` of the carrying is input `i`, by its center tap alone. The others are orthonormal
-    3×3 columns over all inputs but those center taps, so that all columns are orthonormal.
+    Output `i` of the carrying, the first `round(share · M)`, is input `i`: the center tap is 1 and
+    all else 0. The other outputs are orthonormal columns over all inputs but the center taps that
+    are carried, so that `WᵀW = I`. Nothing leads from what is computed to what is carried: a stack
+    of such layers begins as a shallow net and grows as these weights do, as a residual net does
+    whose branches begin at 0.
+
+    Args:
+      share: From 0 to 1.
+
+    Returns:
+      `init(key, shape, dtype=float32)`; `shape` of rank >= 2 with as many outputs as inputs.
+
+    Raises:
+      ConfigError: `share` is out of its range; at call time, a shape of rank < 2, a non-floating
+        dtype, or outputs that are not as many as the inputs.
+
+    Example:
+      >>> kernel = carrying(0.5)(jax.random.key(0), (3, 3, 4, 4))
+      >>> kernel[1, 1, :, :2].tolist()
+      [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]]
+      >>> matrix = kernel.reshape(36, 4)
+      >>> bool(jnp.allclose(matrix.T @ matrix, jnp.eye(4), atol=1e-6))
+      True
     """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"share={share} of the outputs: it must be from 0 to 1")
 
     def init(key, shape, dtype=jnp.float32):
+        dtype = _floating(dtype, shape, minimum_rank=2)
         *window, inputs, outputs = shape
-        carried = min(inputs, round(share * outputs))
-        center = tuple((size - 1) // 2 for size in window)
-        kernel = (
-            jnp.zeros(shape, dtype).at[(*center, jnp.arange(carried), jnp.arange(carried))].set(1)
-        )
-        free = jnp.ones(shape[:-1], dtype).at[(*center, jnp.arange(carried))].set(0)
-        normal = jax.random.normal(key, (*shape[:-1], outputs - carried), dtype) * free[..., None]
-        rows = math.prod(shape[:-1])
-        columns = orthonormal_factor(normal.reshape(rows, -1)).reshape(normal.shape)
-        return kernel.at[..., carried:].set(columns)
+        if inputs != outputs:
+            raise ConfigError(
+                f"a kernel of shape {tuple(shape)} carries nothing: it has {inputs} inputs and"
+                f" {outputs} outputs, which must be as many"
+            )
+        carried = jnp.arange(round(share * outputs))
+        taps = (*((size - 1) // 2 for size in window), carried)
+        wide = accumulation_dtype(dtype)
+        free = jnp.ones(shape[:-1], wide).at[taps].set(0).reshape(-1, 1)
+        normal = jax.random.normal(key, (free.size, outputs - carried.size), wide)
+        columns = orthonormal_factor(normal * free).reshape((*shape[:-1], -1))
+        identity = jnp.zeros((*shape[:-1], carried.size), wide).at[(*taps, carried)].set(1)
+        return jnp.concatenate([identity, columns], axis=-1).astype(dtype)
 
     return init
 

@@ -10,11 +10,13 @@ from orthojax.training.sweep import climb, over_seeds, run_at, run_name
 
 TITLE = "The race: plain and residual nets, SGD and SOAP"
 NORMALIZED = {"kernel_init": "he", "bn_bias": 0.0}
+CARRYING = {"kernel_init": "carrying", "carry": 0.5}
 # Net -> changes of the model of `method=isometric`. A net of linear branches is plain once folded.
 NETS = {
     "plain, near-isometric": {},
     "plain, DKS": {"norm": "none", "activation": "shaped_softplus"},
-    "plain, mixed start": {"kernel_init": "carrying", "carry": 0.5, "bn_bias": 3.0},
+    "plain, carrying, PReLU": {**CARRYING, "bn_bias": 0.0, "activation": "prelu"},
+    "plain, carrying, ReLU": {**CARRYING, "bn_bias": 3.0},
     "plain, the paper's start, modulated": {"kernel_init": "orthonormal", "bn_bias": 0.0},
     "plain, He": NORMALIZED,
     "RepVGG": {"kernel_init": "he", "parametrization": "repvgg"},
@@ -25,7 +27,8 @@ NETS = {
 STARTS = {
     "plain, near-isometric": (0.05, 0.002, 0.05),
     "plain, DKS": (0.01, 0.002, 0.02),
-    "plain, mixed start": (0.05, 0.002, 0.1),
+    "plain, carrying, PReLU": (0.05, 0.002, 0.1),
+    "plain, carrying, ReLU": (0.05, 0.002, 0.1),
     "plain, the paper's start, modulated": (0.1, 0.002, 0.05),
     "plain, He": (0.1, 0.002, 0.05),
     "RepVGG": (0.1, 0.005, 0.1),
@@ -35,7 +38,7 @@ STARTS = {
 OPTIMIZERS = ("SGD", "SOAP")
 # Length -> (width, steps, steps of the searches for rates, each from the best of the one before).
 LENGTHS = {"short": (8, 2_000, (2_000,)), "long": (16, 8_000, (500, 2_000))}
-LONG = ("plain, near-isometric", "plain, DKS", "RepVGG", "residual, last scale 0")
+LONG = ("plain, carrying, PReLU", "plain, near-isometric", "RepVGG", "residual, last scale 0")
 DEPTHS = (44, 110)
 
 

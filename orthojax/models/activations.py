@@ -37,17 +37,21 @@ class ShiftedRelu(nn.Module):
 
 
 class ParametricRelu(nn.Module):
-    """max(x, 0) + s·min(x, 0), with a trained `slope` s for each channel that begins at 1.
+    """max(x, 0) + s·min(x, 0), with a trained slope s for each channel.
 
-    So a net begins linear, an isometry at any depth if its kernels are, and becomes nonlinear as
-    it learns. Source of the activation: He et al. 2015, arXiv:1502.01852.
+    Source: He et al. 2015, arXiv:1502.01852.
+
+    Attributes:
+      carry: share of the channels, the first, whose slope begins at 1, so that they pass unchanged;
+        that of the others begins at 0, a ReLU.
     """
 
-    carry: float = 1.0
+    carry: float = 0.0
 
     @nn.compact
     def __call__(self, x):
         def first(key, shape, dtype):
+            del key
             return (jnp.arange(shape[-1]) < round(self.carry * shape[-1])).astype(dtype)
 
         slope = self.param("slope", first, x.shape[-1:], jnp.float32)
@@ -77,14 +81,14 @@ def _shaped_softplus(layers):
     return Activation(lambda: form)
 
 
-#: Name -> the `Activation` of a net of so many layers with one.
-ACTIVATIONS: dict[str, Callable[[int], Activation]] = {
-    "relu": lambda layers: Activation(lambda: jax.nn.relu),
-    "tanh": lambda layers: Activation(lambda: jnp.tanh),
-    "crelu": lambda layers: Activation(lambda: crelu, copies=2),
-    "prelu": lambda layers: Activation(ParametricRelu),
-    "prelu_half": lambda layers: Activation(lambda: ParametricRelu(0.5)),
-    "shifted_relu": lambda layers: Activation(ShiftedRelu),
-    "tailored_relu": _tailored_relu,
-    "shaped_softplus": _shaped_softplus,
+#: Name -> the `Activation` of a net of so many layers with one, and so large a share of carrying
+#: channels.
+ACTIVATIONS: dict[str, Callable[[int, float], Activation]] = {
+    "relu": lambda layers, carry: Activation(lambda: jax.nn.relu),
+    "tanh": lambda layers, carry: Activation(lambda: jnp.tanh),
+    "crelu": lambda layers, carry: Activation(lambda: crelu, copies=2),
+    "prelu": lambda layers, carry: Activation(functools.partial(ParametricRelu, carry)),
+    "shifted_relu": lambda layers, carry: Activation(ShiftedRelu),
+    "tailored_relu": lambda layers, carry: _tailored_relu(layers),
+    "shaped_softplus": lambda layers, carry: _shaped_softplus(layers),
 }

@@ -37,7 +37,7 @@ class LayerSpec:
       bn_groups: groups of the batch that batch normalization treats apart.
       norm: "batch", or "none": then a convolution has a bias.
       bias_std: standard deviation of that bias at initialization.
-      carry: share of the channels that `bn_bias` is the bias of; that of the others is 0.
+      carry: share of the channels that `bn_bias` is the bias of, the others having 0; 0 is all.
       parametrization: "direct"; "dirac", where a kernel keeps channels and resolution; "repvgg".
     """
 
@@ -53,13 +53,13 @@ class LayerSpec:
     norm: str = "batch"
     bias_std: float = 0.0
     parametrization: str = "direct"
-    carry: float = 1.0
+    carry: float = 0.0
 
     def bias_init(self, key, shape, dtype=jnp.float32):
         """`(features,)` biases of batch normalization: `bn_bias` of channels that carry, else 0."""
         del key
-        carried = jnp.arange(shape[-1]) < round(self.carry * shape[-1])
-        return jnp.where(carried, self.bn_bias, 0).astype(dtype)
+        carried = shape[-1] if not self.carry else round(self.carry * shape[-1])
+        return jnp.where(jnp.arange(shape[-1]) < carried, self.bn_bias, 0).astype(dtype)
 
 
 class ConvBN(nn.Module):

@@ -29,6 +29,7 @@ KERNEL_INITS = {
     "carrying": (carrying, orthonormal),
     "he": (nn.initializers.he_normal, nn.initializers.he_normal),
 }
+UNSCALED = ("he", "carrying")  # those without a gain
 NORMS = ("batch", "none")
 PARAMETRIZATIONS = ("direct", "dirac", "repvgg")
 
@@ -67,19 +68,25 @@ class ConvNet(nn.Module):
       depth: number of layers; a subclass says which there are.
       width: channels of the first stage.
       num_classes: outputs of the head.
-      kernel_init: "orthonormal" (Gram-Schmidt; the paper's), "delta_orthonormal" or "he", or an
-        initializer `(key, shape, dtype) -> array` for all kernels.
+      kernel_init: "orthonormal" (Gram-Schmidt; the paper's), "delta_orthonormal", "carrying" (see
+        `carry`) or "he", or an initializer `(key, shape, dtype) -> array` for all kernels.
       kernel_gain: singular value of orthonormal kernels; with tanh and no normalization take
         `orthojax.mean_field.critical_tanh`'s.
       norm: "batch", or "none"; then every convolution has a bias.
       bias_std: standard deviation of these biases at initialization.
-      activation: "relu"; "tanh"; "crelu", under kernels that are mirrored, so that the net is
-        linear at initialization (Balduzzi et al. 2017); "shifted_relu" (Qi et al. 2020);
+      activation: "relu"; "prelu", with a trained slope for each channel; "tanh"; "crelu", under
+        kernels that are mirrored, so that the net is linear at initialization (Balduzzi et al.
+        2017); "shifted_relu" (Qi et al. 2020);
         "tailored_relu" and "shaped_softplus", which are solved from the depth (Zhang et al. 2022,
         Martens et al. 2021).
       parametrization: "direct", or "dirac": kernels that keep the shape have the identity inside
         them (Zagoruyko and Komodakis 2017); "repvgg": linear branches beside every kernel, which
         `orthojax.inference` folds into it (Ding et al. 2021).
+      carry: share of a layer's channels, the first, that begin as the identity of those below; the
+        others compute on all, and the first do not read them. So the net begins as a residual one
+        inside plain kernels, whose branches begin at 0 (`orthojax.initializers.carrying`).
+        `bn_bias` is then that of carrying channels alone; with "prelu" they need none, since their
+        slope begins at 1.
       bn_bias: initial bias of every BN. The paper's is 0; a positive one lets most units pass
         the ReLU unchanged, so that a deep plain net is closer to an isometry at initialization.
       bn_scale: initial scale of every BN.
@@ -113,7 +120,7 @@ class ConvNet(nn.Module):
     bias_std: float = 0.0
     activation: str = "relu"
     parametrization: str = "direct"
-    carry: float = 1.0
+    carry: float = 0.0
     bn_bias: float = 0.0
     bn_scale: float = 1.0
     bn_groups: int = 1
@@ -163,7 +170,11 @@ class ConvNet(nn.Module):
                 raise ValueError(
                     f"{name}={getattr(self, name)} changes nothing where norm={self.norm!r}"
                 )
-        if self.kernel_gain != 1 and (callable(self.kernel_init) or self.kernel_init == "he"):
+        if self.carry and self.kernel_init != "carrying":
+            raise ValueError(
+                f"carry={self.carry} changes nothing where kernel_init={self.kernel_init!r}"
+            )
+        if self.kernel_gain != 1 and (callable(self.kernel_init) or self.kernel_init in UNSCALED):
             raise ValueError(
                 f"kernel_gain={self.kernel_gain} is of orthonormal kernels, and changes nothing "
                 f"where kernel_init={self.kernel_init!r}"
@@ -188,15 +199,15 @@ class ConvNet(nn.Module):
         if callable(self.kernel_init):
             inits = (self.kernel_init,) * 2
         else:
-            gain = {} if self.kernel_init in ("he", "carrying") else {"gain": self.kernel_gain}
-            inits = tuple(make(**gain) for make in KERNEL_INITS[self.kernel_init])
-            if self.kernel_init == "carrying":
-                inits = carrying(self.carry), inits[1]
+            gain = {} if self.kernel_init in UNSCALED else {"gain": self.kernel_gain}
+            same, change = KERNEL_INITS[self.kernel_init]
+            share = {"share": self.carry} if self.kernel_init == "carrying" else gain
+            inits = same(**share), change(**gain)
         if self.activation == "crelu" and not first:
             inits = tuple(map(mirrored, inits))
         return LayerSpec(
             *inits,
-            activation=ACTIVATIONS[self.activation](self.depth - 1),
+            activation=ACTIVATIONS[self.activation](self.depth - 1, self.carry),
             bn_bias=self.bn_bias,
             bn_scale=self.bn_scale,
             modulated=self.modulated,

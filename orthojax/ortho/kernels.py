@@ -223,7 +223,7 @@ def map_blocks(
     results: dict[int, jax.Array] = {}
     for (layout, *_), numbers in buckets.items():
         members = [kernels[number] for number in numbers]
-        parts = _with_auto_axes(
+        parts = with_auto_axes(
             functools.partial(_map_bucket, function, layout, [kernel for _, kernel in members]),
             [array for array, _ in members],
             *([arrays[number] for number in numbers] for arrays in others),
@@ -258,26 +258,21 @@ def _explicit_sharding(array):
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def _with_auto_axes(function, arrays, *others):
+def with_auto_axes(function, arrays, *others):
     """`function(arrays, *others)`, also on a mesh whose axes are explicit.
 
-    There every product would have to say how its result is sharded. The kernels' own sharding is
-    all that matters here; what is between is better left to the compiler. What is not of a kernel's
-    shape is small and comes back replicated.
+    There every product would have to say how its result is sharded. The kernels' own sharding, one
+    for all, is all that matters here; what is between is better left to the compiler. What is not
+    of a kernel's shape is small and comes back replicated.
     """
-    shardings = [_explicit_sharding(array) for array in arrays]
-    if None in shardings:
+    own = _explicit_sharding(arrays[0])
+    if own is None:
         return function(arrays, *others)
-    plain = [
-        [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in operand]
-        for operand in (arrays, *others)
-    ]
-    outputs = [
-        own if output.shape == array.shape else NamedSharding(own.mesh, PartitionSpec())
-        for own, array, output in zip(
-            shardings, arrays, jax.eval_shape(function, *plain), strict=True
-        )
-    ]
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (arrays, *others))
+    shapes, whole = {array.shape for array in arrays}, NamedSharding(own.mesh, PartitionSpec())
+    outputs = jax.tree.map(
+        lambda output: own if output.shape in shapes else whole, jax.eval_shape(function, *plain)
+    )
     return jax.sharding.auto_axes(function, out_sharding=outputs)(arrays, *others)
 
 

@@ -12,7 +12,7 @@ from optax._src.base import NO_PARAMS_MSG
 
 from orthojax.errors import ConfigError
 from orthojax.matrices import from_blocks, orthonormal_factor, to_blocks
-from orthojax.ortho.kernels import Kernel, penalized_or_refuse
+from orthojax.ortho.kernels import Kernel, penalized_or_refuse, with_auto_axes
 from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.views import View
 
@@ -147,37 +147,28 @@ def scale_by_soap(
             raise ValueError(NO_PARAMS_MSG)
         sides = read(params)
         count = optax.safe_increment(state.count)
-        decays = _Decays(b1, b2, factor_decay, eps, count)
+        numbers = {"b1": b1, "b2": b2, "factor_decay": factor_decay, "eps": eps, "count": count}
+        numbers = jax.tree.map(jnp.asarray, numbers)
         due = _due_blocks(state.count, refresh_every, sides)
         flat, treedef = jax.tree_util.tree_flatten_with_path(updates)
-        new: dict[str, Any] = {"mu": [], "nu": [], "factors": {}, "bases": {}}
-        scaled = []
-        moments = zip(
-            flat, treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True
-        )
-        for (keys, update), mu, nu in moments:
-            path = path_name(keys)
-            gradient = update.astype(mu.dtype)
-            if path not in sides:
-                mu, nu = decays.moments(gradient, mu, nu)
-                direction = decays.direction(mu, nu)
+        moments = zip(treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu), strict=True)
+        rows, factors, bases = [], {}, {}
+        for (keys, update), (mu, nu) in zip(flat, moments, strict=True):
+            path, arrays = path_name(keys), [update, mu, nu]
+            if path in sides:
+                row, factors[path], bases[path] = with_auto_axes(
+                    functools.partial(_advance, sides[path]),
+                    arrays,
+                    state.factors[path],
+                    state.bases[path],
+                    due[path],
+                    numbers,
+                )
             else:
-                layout = sides[path]
-                gradient, mu, nu = map(layout.to_blocks, (gradient, mu, nu))
-                found = layout.learn(gradient, state.factors[path], factor_decay)
-                first = _nothing_learned(state.factors[path])
-                bases, mu, nu = _refreshed(first, due[path], found, state.bases[path], mu, nu)
-                gradient = _rotate(gradient, bases)
-                mu, nu = decays.moments(gradient, mu, nu)
-                direction = decays.direction(mu, nu, floor=any(layout.rotated))
-                direction = _rotate(direction, bases, back=True)
-                direction, mu, nu = map(layout.from_blocks, (direction, mu, nu))
-                new["factors"][path], new["bases"][path] = found, bases
-            scaled.append(direction.astype(update.dtype))
-            new["mu"].append(mu)
-            new["nu"].append(nu)
-        new["mu"], new["nu"] = treedef.unflatten(new["mu"]), treedef.unflatten(new["nu"])
-        return treedef.unflatten(scaled), SoapState(count, **new)
+                row = _adam(*arrays, numbers)
+            rows.append(row)
+        scaled, mu, nu = (treedef.unflatten(leaves) for leaves in zip(*rows, strict=True))
+        return scaled, SoapState(count, mu, nu, factors, bases)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -254,39 +245,43 @@ def soap(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Decays:
-    """Adam's arithmetic, after `count` updates."""
+def _advance(layout, arrays, factors, bases, due, numbers):
+    """`(update, mu, nu)` of a kernel one update on, and its factors and bases."""
+    update, mu, nu = arrays
+    gradient, mu, nu = map(layout.to_blocks, (update.astype(mu.dtype), mu, nu))
+    first = _nothing_learned(factors)
+    factors = tuple(
+        None if f is None else _mix(numbers["factor_decay"], f, _second_moment(gradient, side))
+        for side, f in enumerate(factors)
+    )
+    bases, mu, nu = _refreshed(first, due, factors, bases, mu, nu)
+    direction, mu, nu = _adam(_rotate(gradient, bases), mu, nu, numbers, any(layout.rotated))
+    direction = layout.from_blocks(_rotate(direction, bases, back=True)).astype(update.dtype)
+    return (direction, layout.from_blocks(mu), layout.from_blocks(nu)), factors, bases
 
-    b1: Any
-    b2: Any
-    factor_decay: Any
-    eps: Any
-    count: jax.Array
 
-    def moments(self, gradient, mu, nu):
-        return _mix(self.b1, mu, gradient), _mix(self.b2, nu, jnp.square(gradient))
-
-    def direction(self, mu, nu, floor=False):
-        first, second = (_corrected(x, b, self.count) for x, b in ((mu, self.b1), (nu, self.b2)))
-        root = jnp.sqrt(second)
-        denominator = root + jnp.asarray(self.eps, root.dtype)
-        if floor:
-            # What rotations leave where the gradient is zero is the rounding of its largest
-            # entries, and must not be divided by itself.
-            largest = jnp.max(root, axis=tuple(range(1, root.ndim)), keepdims=True)
-            denominator += float(jnp.finfo(root.dtype).eps) ** (2 / 3) * largest
-        return first / denominator
+def _adam(update, mu, nu, numbers, floor=False):
+    """`(update, mu, nu)` of Adam, moments in their own dtype."""
+    gradient = update.astype(mu.dtype)
+    mu, nu = _mix(numbers["b1"], mu, gradient), _mix(numbers["b2"], nu, jnp.square(gradient))
+    root = jnp.sqrt(_corrected(nu, numbers["b2"], numbers["count"]))
+    denominator = root + numbers["eps"].astype(root.dtype)
+    if floor:
+        # What rotations leave where the gradient is zero is the rounding of its largest entries,
+        # and must not be divided by itself.
+        largest = jnp.max(root, axis=tuple(range(1, root.ndim)), keepdims=True)
+        denominator += jnp.finfo(root.dtype).eps.item() ** (2 / 3) * largest
+    direction = _corrected(mu, numbers["b1"], numbers["count"]) / denominator
+    return direction.astype(update.dtype), mu, nu
 
 
 def _mix(decay, old, new):
-    decay = jnp.asarray(decay, old.dtype)
+    decay = decay.astype(old.dtype)
     return decay * old + (1 - decay) * new
 
 
 def _corrected(moment, decay, count):
-    decay = jnp.asarray(decay, moment.dtype)
-    return moment / (1 - decay ** count.astype(moment.dtype))
+    return moment / (1 - decay.astype(moment.dtype) ** count.astype(moment.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,12 +322,6 @@ class _Sides:
         inputs = [shape[axis] for axis in axes.inputs]
         blocks = blocks.reshape((self.blocks, *inputs, self.sizes[-1]))
         return from_blocks(blocks, shape, axes)
-
-    def learn(self, gradient, factors, decay):
-        return tuple(
-            None if factor is None else _mix(decay, factor, _second_moment(gradient, side))
-            for side, factor in enumerate(factors)
-        )
 
 
 def _second_moment(blocks, side):

@@ -3,6 +3,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from orthojax.ortho import VARIANTS, optax_ortho, orthonormality_error, project_orthonormal
+from orthojax.ortho import (
+    VARIANTS,
+    optax_ortho,
+    orthonormality_error,
+    project_orthonormal,
+    scale_by_soap,
+)
 
 # Kernels of one shape that are sharded alike, a stack, a first layer with groups, a dense head.
 SHAPES = {
@@ -125,3 +132,25 @@ def test_data_parallel_needs_no_collectives():
 def test_kernels_sharded_over_inputs_are_never_gathered():
     """What crosses devices is the Gram matrices, summed, in one reduction."""
     assert collectives("fsdp over inputs") == ["all-reduce"]
+
+
+def preconditioned(layout, axis_type=AxisType.Auto):
+    """The second update by `scale_by_soap` of a stack and of a dense kernel, and its state."""
+    _, params, _ = sharded_params(layout, axis_type)
+    with jax.enable_x64(True):
+        params = {name: jax.tree.map(jnp.float64, params[name]) for name in ("scanned", "head")}
+        tx = scale_by_soap(refresh_every=1)
+        update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
+        for scale in (1.0, 2.0):
+            updates, state = update(jax.tree.map(lambda p, s=scale: s * p, params), state, params)
+    return params, updates, state
+
+
+def test_preconditioned_updates_have_the_values_and_the_sharding():
+    _, expected, _ = preconditioned("data")
+    for axis_type in AxisType.Auto, AxisType.Explicit:
+        params, updates, state = preconditioned("both ways", axis_type)
+        chex.assert_trees_all_close(updates, expected, atol=1e-5)
+    # On explicit axes it is of the type; on others the compiler chooses, or the trainer.
+    types = [jax.tree.map(jax.typeof, tree) for tree in (params, updates, state.mu, state.nu)]
+    assert types[0] == types[1] == types[2] == types[3]
