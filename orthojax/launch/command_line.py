@@ -11,7 +11,7 @@ import threading
 import jax
 from absl import app, flags, logging
 
-from orthojax import caches
+from orthojax.caches import cache_directory, keep_private
 from orthojax.console import tell
 from orthojax.errors import UserError
 from orthojax.launch.config_flag import shipped_configs, without_overrides
@@ -71,13 +71,18 @@ def leave_on_signals():
 
 def keep_compiled_programs():
     """Has JAX keep what it compiles for the next start, unless the environment says where."""
-    directory = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_directory())
-    jax.config.update("jax_compilation_cache_dir", directory)
-
-
-def cache_directory() -> str:
-    """Where compiled programs are kept: `xla` in the user's cache."""
-    return str(caches.cache_directory("xla"))
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if chosen is None:
+        directory = cache_directory("xla")
+        if directory is None:
+            return
+        try:
+            keep_private(directory)
+        except OSError as error:
+            tell(f"compiled programs are not kept: {error}")
+            return
+        chosen = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 def program_name() -> str:

@@ -25,7 +25,7 @@ from orthojax.sites import weights_only
 from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics
 from orthojax.storage.paths import to_path
-from orthojax.storage.workdir import claim, failures_explained, write_json_atomic
+from orthojax.storage.workdir import claim, failures_explained, note_start, write_json_atomic
 from orthojax.training.compiled import compile_steps
 from orthojax.training.experiment import Experiment, build
 from orthojax.training.interrupt import stop_on_signals
@@ -116,6 +116,12 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
             progress.message(f"resuming {workdir} from step {first_step}")
         writer = NullWriter()
         if is_first():
+            changes = note_start(workdir, convolution=programs.convolution)
+            if changes and restored is not None:
+                progress.message(
+                    "from here on the last bits may be others than an undisturbed run's: "
+                    + ", ".join(changes)
+                )
             resume_step = first_step if restored else None
             writer = MetricWriter(workdir, settings.tensorboard, resume_step)
         stack.enter_context(writer)

@@ -1,16 +1,21 @@
 """The command line of the programs that take `--config`: files, flags, help, signals."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
-from orthojax.errors import ConfigError
+from orthojax.caches import cache_directory
+from orthojax.data import source
+from orthojax.errors import ConfigError, UserError
 from orthojax.launch import command_line, config_flag
+from orthojax.storage.paths import local_path, to_path
 
 TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -103,7 +108,43 @@ def test_the_compilation_cache_is_never_in_the_current_directory(cache, tmp_path
     if cache is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
     place = tmp_path / ("c" if cache == "~/c" else ".cache") / "orthojax" / "xla"
-    assert command_line.cache_directory() == str(place)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    with mock.patch("jax.config.update") as update:
+        command_line.keep_compiled_programs()
+    update.assert_called_once_with("jax_compilation_cache_dir", str(place))
+
+
+def test_no_compiled_program_of_somebody_else_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    place = tmp_path / "orthojax" / "xla"
+    place.mkdir(parents=True)
+    owner = 12345
+    if os.getuid() == 0:
+        os.chown(place, owner, -1)
+    else:  # somebody else looks
+        owner = os.getuid()
+        monkeypatch.setattr("os.getuid", lambda: 12345)
+    with mock.patch("jax.config.update") as update:
+        command_line.keep_compiled_programs()
+    assert not update.called
+    told = capsys.readouterr().err
+    assert f"not kept: {place} belongs to user {owner}" in told and len(told.splitlines()) == 1
+
+
+def test_without_a_home_nothing_is_called_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert cache_directory("xla") is None
+    for place in (to_path, local_path):
+        with pytest.raises(UserError, match="~/runs: there is no home directory ~; set HOME"):
+            place("~/runs")
+    with pytest.raises(UserError, match="~/tensorflow_datasets: there is no home"):
+        source.named_builder("digits", None)
+
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_path_of_a_tilde_is_taken_literally(tmp_path, program):
