@@ -15,6 +15,7 @@ from orthojax.caches import cache_directory, keep_private
 from orthojax.console import tell
 from orthojax.errors import UserError
 from orthojax.launch.config_flag import shipped_configs, without_overrides
+from orthojax.launch.overrides import key_meant
 from orthojax.parallel.rendezvous import ProcessesMissing
 
 _HELP = {"-h", "-help", "--help", "--helpshort"}
@@ -109,8 +110,16 @@ def _parse(argv, define_flags, arguments):
             raise flags.Error(f"unexpected arguments: {' '.join(remaining[1:])}; see --help")
         return remaining
     except flags.Error as error:
-        tell(f"error: {error}")
+        tell(f"error: {error}{_hint(error)}")
         sys.exit(2)
+
+
+def _hint(error):
+    """Where a flag that there is not has the name of a key of the config: how that is set."""
+    if "config" not in flags.FLAGS or not isinstance(error, flags.UnrecognizedFlagError):
+        return ""
+    key = key_meant(error.flagname)
+    return f"; a key of the config is set by --config.{key}=VALUE" if key else ""
 
 
 def _help(module):

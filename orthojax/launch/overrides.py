@@ -98,6 +98,23 @@ def apply(config: ConfigDict, overrides: Sequence[Override]) -> list[str]:
     return notes
 
 
+def key_meant(word: str) -> str | None:
+    """The key of a config that a word names, with its section or without.
+
+    Example:
+      >>> [key_meant(word) for word in ("steps", "learning_rate", "model.depth", "model", "wrkdir")]
+      ['steps', 'optimizer.learning_rate', 'model.depth', 'model.name', None]
+    """
+    if word in (*_NAMED, "dataset"):
+        return f"{word}.name"
+    section, dot, last = word.rpartition(".")
+    for place in (section,) if dot else ("", "optimizer", *_NAMED, *_PLAIN):
+        functions = [*_PLAIN.get(place, ()), *_NAMED.get(place, {}).values()]
+        if last in _known(functions, place):
+            return f"{place}.{last}" if place else last
+    return None
+
+
 def _rank(override: Override) -> int:
     if override.key in (*_NAMED, *_PLAIN):
         return 0

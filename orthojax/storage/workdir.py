@@ -96,6 +96,16 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
     write_json_atomic(starts, [*_earlier_starts(starts), _environment(config)])
 
 
+def may_differ(key: str) -> bool:
+    """Whether a run may go on with another value of a key of its config, or of a whole section.
+
+    Example:
+      >>> [may_differ(key) for key in ("mesh.fsdp", "mesh", "steps", "seed", "dataset")]
+      [True, True, True, False, False]
+    """
+    return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, "steps:")) for end in ":.")
+
+
 def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
     """Adds facts to what `environment.json` says of the last start.
 

@@ -33,6 +33,10 @@ def test_help_lists_the_flags_the_configs_and_an_example(flag, program):
     ("arguments", "message"),
     [
         (["--wrkdir=runs"], "wrkdir.*workdir"),
+        (["--steps=10"], "'steps'.*by --config.steps=VALUE"),
+        (["--learning_rate", "0.1"], "--config.optimizer.learning_rate=VALUE"),
+        (["--model.depth=44"], "--config.model.depth=VALUE"),
+        (["--dataset=cifar10"], "--config.dataset.name=VALUE"),
         (["runs/a"], "unexpected arguments: runs/a"),
         (["--", "--workdir=a"], "unexpected arguments: --workdir=a"),
         (["--timeout=soon"], "timeout=soon"),
@@ -98,7 +102,29 @@ def test_a_mistyped_config_says_where_it_was_looked_for(flags, tmp_path):
 
 def test_names_of_runs_are_fit_for_paths(flags):
     flags("--config=configs/cifar10_plain.py:depth=44, method=l2")
-    assert config_flag.config_name() == "cifar10_plain-depth=44-method=l2"
+    assert config_flag.run_name() == "cifar10_plain-depth=44-method=l2"
+    words = ["--config.seed=2", "--config.mesh.data=1", "--config.steps=9", "--config.log_every=1"]
+    flags("--config=digits_plain110", *words, "--config.model.width=4", "--config.seed", "3")
+    assert config_flag.run_name() == "digits_plain110-model.width=4-seed=3"
+    flags("--config=digits_plain110", "--config.model.name=ResNet", "--config.mesh={'data': 1}")
+    assert config_flag.run_name() == "digits_plain110-model.name=ResNet"
+
+
+def test_names_of_runs_with_long_overrides_are_fit_too(flags):
+    names = set()
+    for split in ("ä" * 200, "ä" * 201):
+        flags("--config=digits_plain110", f"--config.dataset.train_split={split}")
+        names.add(config_flag.run_name())
+    assert len(names) == 2 and all(len(os.fsencode(name)) <= 200 for name in names)
+
+
+def test_commands_that_differ_in_an_override_do_not_share_a_directory(program):
+    workdirs = []
+    for words in ([], ["--config.seed=1"], ["--config.model.name=ResNet"], ["--config.steps=600"]):
+        with mock.patch("orthojax.training.train.train_and_evaluate", return_value={}) as train:
+            assert program("train", *words).code == 0
+        workdirs.append(train.call_args.args[1])
+    assert len(set(workdirs)) == 3 and workdirs[0] == workdirs[3] == "runs/digits_plain110"
 
 
 @pytest.mark.parametrize("cache", ["", "relative", "~/c", None])
