@@ -16,6 +16,7 @@ import os
 import pathlib
 import sys
 
+from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
 from orthojax.storage.paths import local_path
@@ -46,6 +47,7 @@ class Options:
 
 
 def main():
+    escape_what_cannot_be_encoded()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags, logging
 
 from orthojax.caches import cache_directory, keep_private
-from orthojax.console import tell
+from orthojax.console import escape_what_cannot_be_encoded, tell
 from orthojax.errors import UserError
 from orthojax.launch.config_flag import shipped_configs, without_overrides
 from orthojax.launch.overrides import key_meant
@@ -31,6 +31,7 @@ def run(define_flags, main, arguments=None):
     0 is done; 2 bad input, which starting again will not mend; 128 + n stopped by signal n with
     everything saved, and the same command goes on; 1 anything else.
     """
+    escape_what_cannot_be_encoded()
     leave_on_signals()
     keep_compiled_programs()
     try:
@@ -130,7 +131,7 @@ def _help(module):
         return "\n".join(lines)
     lines += ["configs, each with its arguments (defaults in parentheses):"]
     for name, file in shipped_configs().items():
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_bytes())
         lines += ["", f"  {name}: {(ast.get_docstring(tree) or '').splitlines()[0]}"]
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name == "get_config":
@@ -175,5 +176,5 @@ def _finish_output():
             stream.flush()
         except (OSError, ValueError, AttributeError):
             # Python would try once more at its end, and fail with 120.
-            with open(os.devnull, "w") as nowhere:
+            with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())

@@ -63,7 +63,7 @@ def train_once(run: Run) -> Record:
         run.workdir.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, _train(run))
     check_config(run.workdir, run.config)
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_bytes())
     if record["train_loss"] is None:
         record["train_loss"] = math.inf
     return record
@@ -77,7 +77,7 @@ def _train(run: Run) -> Record:
         "steps": run.config.steps,
         "diverged": None,
     }
-    with log.open("a") as file, contextlib.redirect_stderr(file):
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
         try:
             summary = train_and_evaluate(run.config, run.workdir)
         except DivergenceError as error:

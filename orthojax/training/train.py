@@ -90,7 +90,8 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
         checkpointer = stack.enter_context(
             Checkpointer(workdir / "checkpoints", keep=settings.keep_checkpoints)
         )
-        stream = sys.stderr if is_first() else stack.enter_context(open(os.devnull, "w"))
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stream = sys.stderr if is_first() else nowhere
         progress = stack.enter_context(Progress(settings.steps, stream))
         progress.message(_describe(experiment))
         source = None
