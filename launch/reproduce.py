@@ -16,7 +16,7 @@ import os
 import pathlib
 import sys
 
-from orthojax.console import escape_what_cannot_be_encoded
+from orthojax.console import escape_what_cannot_be_encoded, tell
 from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
 from orthojax.storage.paths import local_path
@@ -76,7 +76,7 @@ def main():
 def reproduce(arguments):
     """Trains what is not trained yet, then writes the reports."""
     from orthojax.errors import WorkdirError
-    from orthojax.training.sweep import finished, work
+    from orthojax.training.sweep import finished, plan, work
 
     wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
     if arguments.resume and not any(arguments.workdir.glob(f"*_{arguments.preset}")):
@@ -91,6 +91,8 @@ def reproduce(arguments):
         seeds = tuple(range(arguments.seeds))
         options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
         jobs = experiment.jobs(options)
+        if jobs and not arguments.finished:
+            tell_plan(name, plan(experiment.jobs(options)))
         results = finished(jobs) if arguments.finished else work(jobs)
         if jobs and not results:
             raise WorkdirError(
@@ -99,6 +101,19 @@ def reproduce(arguments):
             )
         experiment.report(options, results)
         print(f"written to {workdir}: report.md")
+
+
+def tell_plan(name, arms):
+    """What an experiment trains: how many runs of each arm are done, and how many left."""
+    done, left = (set().union(*runs) for runs in zip(*arms.values(), strict=True))
+    finished = sum(not of_arm for _, of_arm in arms.values())
+    tell(
+        f"{name}: {len(arms)} arms, {finished} finished; {len(done)} runs done, {len(left)} left, "
+        "and more where a learning rate is searched"
+    )
+    for arm, (of_arm, missing) in arms.items():
+        title = ", ".join(map(str, arm)) if isinstance(arm, tuple) else arm
+        tell(f"  {title}: {len(of_arm)} done, {len(missing)} left")
 
 
 if __name__ == "__main__":
