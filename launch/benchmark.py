@@ -18,6 +18,7 @@ import sys
 import time
 
 from environment import environment
+from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.storage.paths import local_path
 
@@ -29,6 +30,7 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 def main() -> int:
+    escape_what_cannot_be_encoded()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -21,6 +21,7 @@ import subprocess
 import sys
 
 from environment import environment
+from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.storage.paths import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -68,6 +69,7 @@ class Worker:
 
 
 def main() -> int:
+    escape_what_cannot_be_encoded()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

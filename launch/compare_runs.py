@@ -11,11 +11,13 @@ import statistics
 import sys
 
 from orthojax.analysis.curves import draw_comparison
+from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.storage.metrics import read_metrics
 from orthojax.storage.paths import to_path
 
 
 def main(arguments=None):
+    escape_what_cannot_be_encoded()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

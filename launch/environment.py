@@ -25,7 +25,7 @@ def environment() -> dict:
 def processor() -> str:
     """The processor's name, where Linux tells it."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_bytes().decode(errors="replace").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "")

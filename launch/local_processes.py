@@ -2,10 +2,13 @@
 
 python launch/local_processes.py --processes 2 --devices-per-process 2 -- --config.batch_size=64
 
-What follows -- goes to launch/train.py. Ctrl-C or SIGTERM stops all of them, with one checkpoint.
+What follows -- goes to launch/train.py. Ctrl-C or SIGTERM stops all of them, with one checkpoint;
+on Linux they stop so too when this process is killed.
 """
 
 import argparse
+import contextlib
+import ctypes
 import os
 import pathlib
 import signal
@@ -16,6 +19,7 @@ import threading
 
 TRAIN = pathlib.Path(__file__).resolve().with_name("train.py")
 GRACE_SECONDS = 30
+_PDEATHSIG = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
 
 
 def main() -> int:
@@ -54,16 +58,35 @@ def start(index, coordinator, options):
         "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip(),
         "PYTHONUNBUFFERED": "1",
     }
+    parent = os.getpid()
     return index, subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        preexec_fn=lambda: end_with(parent),
     )
 
 
+def end_with(parent):
+    """Has the kernel end this process, as SIGTERM does, once its parent is dead: on Linux alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it died before the kernel was told
+            os._exit(1)
+
+
 def relay(index, process):
-    """Passes output on; that of the others than the first says whose it is."""
+    """Passes output on, byte by byte; that of the others than the first says whose it is.
+
+    Read to its end even if nobody is there to read it any more: or the process would wait for that.
+    """
+    prefix = b"[%d] " % index if index else b""
     for line in process.stdout:
-        if not line.startswith("[Gloo]"):  # which says at length that all is well
-            print(f"[{index}] {line}" if index else line, end="", flush=True)
+        if not line.startswith(b"[Gloo]"):  # which says at length that all is well
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                sys.stdout.buffer.write(prefix + line)
+                sys.stdout.buffer.flush()
 
 
 def wait(processes):

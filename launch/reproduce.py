@@ -17,6 +17,8 @@ import os
 import pathlib
 import sys
 
+from orthojax.console import escape_what_cannot_be_encoded, tell
+from orthojax.errors import WorkdirError
 from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
 from orthojax.storage.paths import local_path
@@ -47,6 +49,7 @@ class Options:
 
 
 def main():
+    escape_what_cannot_be_encoded()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -77,8 +80,7 @@ def main():
 
 def reproduce(arguments):
     """Trains what is not trained yet, then writes the reports."""
-    from orthojax.errors import WorkdirError
-    from orthojax.training.sweep import finished, work
+    from orthojax.training.sweep import finished, plan, work
 
     wanted = PAPER if arguments.experiment == "all" else (arguments.experiment,)
     if arguments.resume and not any(arguments.workdir.glob(f"*_{arguments.preset}")):
@@ -92,16 +94,9 @@ def reproduce(arguments):
         workdir = arguments.workdir / f"{name}_{arguments.preset}"
         seeds = tuple(range(arguments.seeds))
         options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
-        jobs = experiment.jobs(options)
-        if arguments.only is not None:
-            named = {_name(key): key for key in jobs}
-            kept = fnmatch.filter(named, arguments.only)
-            if not kept:
-                raise WorkdirError(
-                    f"--only={arguments.only} matches no arm of `{name}`; they are "
-                    f"{', '.join(map(repr, named))}"
-                )
-            jobs = {named[arm]: jobs[named[arm]] for arm in kept}
+        jobs = select(experiment.jobs(options), arguments.only)
+        if jobs and not arguments.finished:
+            tell_plan(name, plan(select(experiment.jobs(options), arguments.only)))
         results = finished(jobs) if arguments.finished else work(jobs)
         if jobs and not results:
             raise WorkdirError(
@@ -112,9 +107,33 @@ def reproduce(arguments):
         print(f"written to {workdir}: report.md")
 
 
-def _name(key):
+def select(jobs, pattern):
+    """Those of the jobs whose names match; all of them where there is no pattern."""
+    if pattern is None:
+        return jobs
+    named = {title(key): key for key in jobs}
+    kept = fnmatch.filter(named, pattern)
+    if not kept:
+        arms = ", ".join(map(repr, named)) or "none"
+        raise WorkdirError(f"--only={pattern!r} matches no arm; there are {arms}")
+    return {named[arm]: jobs[named[arm]] for arm in kept}
+
+
+def title(arm):
     """Of an arm: keys of jobs are strings, or tuples of what tells one from another."""
-    return key if isinstance(key, str) else ", ".join(map(str, key))
+    return arm if isinstance(arm, str) else ", ".join(map(str, arm))
+
+
+def tell_plan(name, arms):
+    """What an experiment trains: how many runs of each arm are done, and how many left."""
+    done, left = (set().union(*runs) for runs in zip(*arms.values(), strict=True))
+    finished = sum(not of_arm for _, of_arm in arms.values())
+    tell(
+        f"{name}: {len(arms)} arms, {finished} finished; {len(done)} runs done, {len(left)} left, "
+        "and more where a learning rate is searched"
+    )
+    for arm, (of_arm, missing) in arms.items():
+        tell(f"  {title(arm)}: {len(of_arm)} done, {len(missing)} left")
 
 
 if __name__ == "__main__":

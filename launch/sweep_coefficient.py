@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--workdir", default=ROOT / "runs" / "coefficient", type=local_path)
     arguments = parser.parse_args()
     output = arguments.output
-    lines = output.read_text().splitlines() if output.exists() else []
+    lines = output.read_bytes().splitlines() if output.exists() else []
     records = [json.loads(line) for line in lines]
     finished = {(record["coefficient"], record["seed"]) for record in records}
     for seed in range(3):
@@ -42,7 +42,7 @@ def main() -> None:
             if (coefficient, seed) not in finished:
                 workdir = arguments.workdir / f"coefficient={coefficient:g}-seed={seed}"
                 records.append(train(coefficient, seed, workdir))
-                with output.open("a") as file:
+                with output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(records[-1]) + "\n")
     draw(records, output.with_suffix(".png"))
 

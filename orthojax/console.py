@@ -8,7 +8,8 @@ from typing import TextIO
 def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """Writes to stderr or another stream, if it is still there.
 
-    A closed terminal, a broken pipe or a full disk behind a log is no reason to stop training.
+    A closed terminal, a broken pipe or a full disk behind a log is no reason to stop training, and
+    a letter that the stream's encoding lacks is written as an escape.
 
     Args:
       text: what to write.
@@ -17,8 +18,18 @@ def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """
     stream = sys.stderr if stream is None else stream  # itself None where it was closed at start
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        stream.write(text + end)
+        encoding = stream.encoding or "utf-8"  # a `StringIO` has none
+        stream.write((text + end).encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
+
+
+def escape_what_cannot_be_encoded() -> None:
+    """Has stdout write as escapes what its encoding lacks, as stderr does: for programs to call.
+
+    Before they parse their command line, whose help may hold such letters.
+    """
+    if hasattr(sys.stdout, "reconfigure"):  # what stands in for it, in a notebook, may have none
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def is_terminal(stream: TextIO | None) -> bool:

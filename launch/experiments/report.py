@@ -87,7 +87,7 @@ def write_report(options, title, *paragraphs, pictures=None, curves=None, record
     if records is None:
         paths = sorted((runs or workdir).rglob(RECORD))
         records = [
-            {"run": str(path.parent.relative_to(runs or workdir)), **json.loads(path.read_text())}
+            {"run": str(path.parent.relative_to(runs or workdir)), **json.loads(path.read_bytes())}
             for path in paths
         ]
     _write_lines(workdir / "records.jsonl", records)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from orthojax.caches import cache_directory
+from orthojax.caches import cache_directory, expand
 from orthojax.console import tell
 
 Arrays = dict[str, np.ndarray]
@@ -19,20 +19,24 @@ Arrays = dict[str, np.ndarray]
 _UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
-def default_directory() -> pathlib.Path:
-    """Where decoded splits are kept: `datasets` in the user's cache."""
+def default_directory() -> pathlib.Path | None:
+    """Where decoded splits are kept: `datasets` in the user's cache; None without a home."""
     return cache_directory("datasets")
 
 
 def entry(
     cache_dir: str | None, name: str, directory: str, split: str, downsample: int
-) -> pathlib.Path:
+) -> pathlib.Path | None:
     """The file of one decoded split: `<cache>/<name>/<version>/<directory's hash>/<split>.npz`.
+
+    None where there is no place for it.
 
     The records' directory is in the path, so two prepared copies of a set do not displace each
     other; its `fingerprint` is in the file, so a set prepared anew does displace its old self.
     """
-    root = pathlib.Path(os.path.expanduser(cache_dir)) if cache_dir else default_directory()
+    root = pathlib.Path(expand(cache_dir)) if cache_dir else default_directory()
+    if root is None:
+        return None
     place = hashlib.sha256(os.path.realpath(directory).encode()).hexdigest()[:16]
     pooled = f"-downsample{downsample}" if downsample > 1 else ""
     return root / name / place / f"{urllib.parse.quote(split, safe='')}{pooled}.npz"
@@ -49,12 +53,14 @@ def fingerprint(directory: str) -> str:
     return digest.hexdigest()
 
 
-def read_or_build(path: pathlib.Path, key: str, build: Callable[[], Arrays]) -> Arrays:
+def read_or_build(path: pathlib.Path | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     """Returns what `path` holds for `key`, see `fingerprint`, or builds it and leaves it there.
 
     A damaged file is reported on stderr and replaced, one of another key is replaced. The file
     appears whole or not at all. Where it cannot be written, stderr says that nothing was cached.
     """
+    if path is None:
+        return build()
     try:
         with np.load(path, allow_pickle=False) as file:  # zip members carry a CRC, which is checked
             arrays = dict(file)

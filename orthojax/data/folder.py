@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 
+from orthojax.caches import expand
 from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_numbers
 from orthojax.errors import DatasetError
 
@@ -140,7 +141,7 @@ def _root(data_dir: str | None) -> pathlib.Path:
         raise DatasetError(
             "say where the pictures are: dataset.data_dir=DIR, with DIR/train/CLASS/*.jpg"
         )
-    return pathlib.Path(os.path.expanduser(data_dir))
+    return pathlib.Path(expand(data_dir))
 
 
 def _test_split(root: pathlib.Path, split: str | None) -> str:

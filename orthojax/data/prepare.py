@@ -1,8 +1,8 @@
 """Preparing a data set with TFDS's own builder: the one place where TensorFlow may be imported."""
 
 import importlib.util
-import os
 
+from orthojax.caches import expand
 from orthojax.data import source
 from orthojax.errors import DatasetError
 
@@ -25,7 +25,7 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
       DatasetError: the name is unknown, TensorFlow is missing, an archive is missing, the
         download failed, or the set is there in another format.
     """
-    manual_dir = os.path.expanduser(manual_dir) if manual_dir else None
+    manual_dir = expand(manual_dir) if manual_dir else None
     from orthojax.data import bundled  # here, so that importing this does not import TFDS
 
     builder = source.named_builder(name, data_dir)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from orthojax.caches import expand
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
@@ -119,7 +120,9 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
 
     from orthojax.data import bundled  # noqa: F401  (defining classes registers them with TFDS)
 
-    data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "") or None
+    given = data_dir or os.environ.get("TFDS_DATA_DIR")
+    place = expand(given or "~/tensorflow_datasets")  # which is TFDS's own choice
+    data_dir = place if given else None
     try:
         with quiet():
             return tfds.builder(name, data_dir=data_dir)

@@ -11,10 +11,11 @@ import threading
 import jax
 from absl import app, flags, logging
 
-from orthojax import caches
-from orthojax.console import tell
+from orthojax.caches import cache_directory, keep_private
+from orthojax.console import escape_what_cannot_be_encoded, tell
 from orthojax.errors import UserError
 from orthojax.launch.config_flag import shipped_configs, without_overrides
+from orthojax.launch.overrides import key_meant
 from orthojax.parallel.rendezvous import ProcessesMissing
 
 _HELP = {"-h", "-help", "--help", "--helpshort"}
@@ -30,6 +31,7 @@ def run(define_flags, main, arguments=None):
     0 is done; 2 bad input, which starting again will not mend; 128 + n stopped by signal n with
     everything saved, and the same command goes on; 1 anything else.
     """
+    escape_what_cannot_be_encoded()
     leave_on_signals()
     keep_compiled_programs()
     try:
@@ -71,13 +73,18 @@ def leave_on_signals():
 
 def keep_compiled_programs():
     """Has JAX keep what it compiles for the next start, unless the environment says where."""
-    directory = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache_directory())
-    jax.config.update("jax_compilation_cache_dir", directory)
-
-
-def cache_directory() -> str:
-    """Where compiled programs are kept: `xla` in the user's cache."""
-    return str(caches.cache_directory("xla"))
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if chosen is None:
+        directory = cache_directory("xla")
+        if directory is None:
+            return
+        try:
+            keep_private(directory)
+        except OSError as error:
+            tell(f"compiled programs are not kept: {error}")
+            return
+        chosen = os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+    jax.config.update("jax_compilation_cache_dir", chosen)
 
 
 def program_name() -> str:
@@ -104,8 +111,16 @@ def _parse(argv, define_flags, arguments):
             raise flags.Error(f"unexpected arguments: {' '.join(remaining[1:])}; see --help")
         return remaining
     except flags.Error as error:
-        tell(f"error: {error}")
+        tell(f"error: {error}{_hint(error)}")
         sys.exit(2)
+
+
+def _hint(error):
+    """Where a flag that there is not has the name of a key of the config: how that is set."""
+    if "config" not in flags.FLAGS or not isinstance(error, flags.UnrecognizedFlagError):
+        return ""
+    key = key_meant(error.flagname)
+    return f"; a key of the config is set by --config.{key}=VALUE" if key else ""
 
 
 def _help(module):
@@ -116,7 +131,7 @@ def _help(module):
         return "\n".join(lines)
     lines += ["configs, each with its arguments (defaults in parentheses):"]
     for name, file in shipped_configs().items():
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_bytes())
         lines += ["", f"  {name}: {(ast.get_docstring(tree) or '').splitlines()[0]}"]
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name == "get_config":
@@ -161,5 +176,5 @@ def _finish_output():
             stream.flush()
         except (OSError, ValueError, AttributeError):
             # Python would try once more at its end, and fail with 120.
-            with open(os.devnull, "w") as nowhere:
+            with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())

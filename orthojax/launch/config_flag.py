@@ -1,9 +1,11 @@
 """The flag `--config`: the file that it names, its arguments after a colon, and its overrides."""
 
 import difflib
+import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 
@@ -13,7 +15,9 @@ from orthojax.console import tell
 from orthojax.errors import ConfigError, UserError
 from orthojax.launch.overrides import Override, apply
 from orthojax.storage.paths import local_path
+from orthojax.storage.workdir import may_differ
 
+_LONGEST_NAME = 200  # bytes; file systems take 255, and there are names made of this one
 _overrides: dict[str, list[str]] = {}  # by the name of the flag: words of the command line
 
 flags.disclaim_key_flags()  # what is defined here is listed by --help as the program's
@@ -51,11 +55,21 @@ def load_config(name="config"):
     return config
 
 
-def config_name(name="config") -> str:
-    """The config's name with its arguments, fit for a path: `cifar10_plain-depth=110`."""
+def run_name(name="config") -> str:
+    """The config's name with its arguments and overrides: `cifar10_plain-depth=110-seed=1`.
+
+    Fit for a path: of an override too long for that its digest stands at the end. Overrides in
+    which one run may differ from start to start, such as `steps`, are left out.
+    """
     path, _, arguments = flags.FLAGS[name].value.partition(":")
-    words = [pathlib.Path(path).stem, *arguments.split(",")]
-    return "-".join(re.sub(r"[^\w=.+-]+", "_", word.strip()) for word in words if word.strip())
+    overridden = {word.partition("=")[0]: word for word in override_words(name)}
+    kept = (word for key, word in sorted(overridden.items()) if not may_differ(key))
+    words = [pathlib.Path(path).stem, *arguments.split(","), *kept]
+    found = "-".join(re.sub(r"[^\w=.+-]+", "_", word.strip()) for word in words if word.strip())
+    if len(os.fsencode(found)) <= _LONGEST_NAME:
+        return found
+    digest = hashlib.sha256(found.encode(errors="surrogateescape")).hexdigest()[:16]
+    return f"{os.fsencode(found)[: _LONGEST_NAME - 17].decode(errors='ignore')}-{digest}"
 
 
 def override_words(name="config") -> list[str]:

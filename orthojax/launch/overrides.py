@@ -60,9 +60,10 @@ class Override:
 def apply(config: ConfigDict, overrides: Sequence[Override]) -> list[str]:
     """Sets keys of a config in place; of two for the same key the last one counts.
 
-    A section's new `name` drops the keys of the old one that the new one does not take, and a run
-    made shorter than the warm-up of the config file has a warm-up of its own length, unless they
-    are overridden too.
+    A section's new `name` drops the keys of the old one that the new one does not take, and all of
+    a net's where the old or the new one is not of `orthojax.models`, since a key of the same name
+    then means something else; what stays is named. A run made shorter than the warm-up of the
+    config file has a warm-up of its own length. All this unless those keys are overridden too.
 
     Args:
       config: as the file has it.
@@ -79,7 +80,7 @@ def apply(config: ConfigDict, overrides: Sequence[Override]) -> list[str]:
     Example:
       >>> config = ConfigDict({"optimizer": {"name": "sgd", "momentum": 0.9}})
       >>> apply(config, [Override("optimizer.name", "adam", "--config.optimizer.name=adam")])
-      ['optimizer.name=adam: momentum, which it does not take, is dropped']
+      ['optimizer.name=adam drops momentum=0.9']
       >>> config.optimizer.to_dict()
       {'name': 'adam'}
     """
@@ -95,6 +96,23 @@ def apply(config: ConfigDict, overrides: Sequence[Override]) -> list[str]:
                 _set(config, override)
         notes += _shorten_warmup(config, chosen)
     return notes
+
+
+def key_meant(word: str) -> str | None:
+    """The key of a config that a word names, with its section or without.
+
+    Example:
+      >>> [key_meant(word) for word in ("steps", "learning_rate", "model.depth", "model", "wrkdir")]
+      ['steps', 'optimizer.learning_rate', 'model.depth', 'model.name', None]
+    """
+    if word in (*_NAMED, "dataset"):
+        return f"{word}.name"
+    section, dot, last = word.rpartition(".")
+    for place in (section,) if dot else ("", "optimizer", *_NAMED, *_PLAIN):
+        functions = [*_PLAIN.get(place, ()), *_NAMED.get(place, {}).values()]
+        if last in _known(functions, place):
+            return f"{place}.{last}" if place else last
+    return None
 
 
 def _rank(override: Override) -> int:
@@ -123,13 +141,20 @@ def _rename(config: ConfigDict, override: Override, chosen: dict[str, Override])
         found = [data.implementation({"name": name, "data_dir": data_dir})]
     else:
         found = _readers(config, section, override)
-    taken = {"name", *_known(found, section)}
-    dropped = [k for k in config[section] if k not in taken and f"{section}.{k}" not in chosen]
+    known = _known(found, section)
+    if section == "model" and not {name, before} <= MODELS.keys():
+        known = {}
+    old = {k: v for k, v in config[section].items() if f"{section}.{k}" not in chosen}
+    dropped = [key for key in old if key not in {"name", *known}]
     for key in dropped:
         del config[section][key]
-    if not dropped:
-        return []
-    return [f"{override.key}={name}: {', '.join(dropped)}, which it does not take, is dropped"]
+    kept = [key for key in old if key in known and old[key] is not None]
+    told = [
+        f"{verb} {', '.join(f'{key}={old[key]}' for key in keys)}"
+        for verb, keys in (("keeps", kept), ("drops", dropped))
+        if keys
+    ]
+    return [f"{override.key}={name} {'; '.join(told)}"] if told else []
 
 
 def _set(config: ConfigDict, override: Override) -> None:

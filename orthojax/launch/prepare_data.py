@@ -10,12 +10,14 @@ import argparse
 import signal
 import sys
 
+from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.data.prepare import prepare
 from orthojax.data.reencode import reencode
 from orthojax.launch.command_line import exit_status
 
 
 def main() -> int:
+    escape_what_cannot_be_encoded()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("name", help="digits, mnist5000, cifar10, cifar100, svhn_cropped, mnist, …")
     parser.add_argument(

@@ -13,13 +13,16 @@ from absl import flags
 from orthojax.console import tell
 from orthojax.launch.allocator import keep_freed_memory
 from orthojax.launch.command_line import run
-from orthojax.launch.config_flag import config_name, define_config, load_config
+from orthojax.launch.config_flag import define_config, load_config, run_name
 
 
 def define_flags():
     define_config()
     flags.DEFINE_string(
-        "workdir", None, "Directory of this run's own; runs/<config name> by default."
+        "workdir",
+        None,
+        "Directory of this run's own; by default runs/<config name>, with its arguments and "
+        "overrides.",
     )
     flags.DEFINE_bool(
         "keep_memory", True, "Keep the memory that a step frees for the next one (CPUs, glibc)."
@@ -44,7 +47,7 @@ def main():
     if options.keep_memory:
         keep_freed_memory()
     config = load_config()
-    workdir = options.workdir or str(pathlib.Path("runs", config_name()))
+    workdir = options.workdir or str(pathlib.Path("runs", run_name()))
     peers = (options.coordinator, options.processes, options.process_id)
     if options.distributed or any(option is not None for option in peers):
         initialize(*peers, timeout=options.timeout)

@@ -1,12 +1,14 @@
 """The native convolution and its two gradients as JAX primitives.
 
 Each takes, besides its operands, an equivalent in plain JAX. A program that is lowered for one CPU
-calls the native part, if that could be built; for any other platform, and for CPUs among which XLA
-is to divide arrays, the equivalent is lowered in its place. So nothing native is in a program for a
-GPU or a TPU. Under `jax.shard_map` each device has its own call. `jax.vmap` and forward-mode
-differentiation go through the equivalent.
+calls the native part, if that could be built; for any other platform, for CPUs among which XLA is
+to divide arrays, and for `jax.export`, the equivalent is lowered in its place. So nothing native is
+in a program for a GPU or a TPU, or in a file for other machines. Under
+`jax.shard_map` each device has its own call. `jax.vmap` and forward-mode differentiation go through
+the equivalent.
 """
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -81,6 +83,17 @@ def kernel_gradient(
     return _bind(_kernel_gradient_p, (x, kernel, cotangent), stride, equivalent, algorithm)
 
 
+def describe(lowered: jax.stages.Lowered) -> str:
+    """Whose convolutions a lowered program has: `XLA`, or `native` with the library's digest.
+
+    Example:
+      >>> describe(jax.jit(jax.numpy.sin).lower(1.0))
+      'XLA'
+    """
+    found = re.search(r"orthojax_forward_([0-9a-f]+)", lowered.as_text())
+    return f"native {found[1]}" if found else "XLA"
+
+
 def _bind(primitive, operands, stride, equivalent, algorithm):
     return primitive.bind(
         *operands, stride=stride, equivalent=equivalent, algorithm=ALGORITHMS[algorithm]
@@ -106,7 +119,10 @@ def _define(handler, abstract_eval, operands):
     lower_in_jax = mlir.lower_fun(in_jax, multiple_results=False)
 
     def lower_for_cpu(ctx, *args, stride, equivalent, algorithm):
-        names = build.targets() if _on_one_device(ctx.module_context.axis_context) else None
+        context = ctx.module_context
+        # What is exported is to run on other machines.
+        here = _on_one_device(context.axis_context) and not context.lowering_parameters.for_export
+        names = build.targets() if here else None
         if names is None:
             return lower_in_jax(
                 ctx, *args, stride=stride, equivalent=equivalent, algorithm=algorithm

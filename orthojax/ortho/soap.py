@@ -179,7 +179,6 @@ def soap(
     b2: Number = 0.95,
     *,
     rest: optax.GradientTransformation | None = None,
-    regularizer: optax.GradientTransformation | None = None,
     factor_decay: Number = 0.95,
     eps: Number = 1e-8,
     refresh_every: Number = 10,
@@ -195,9 +194,6 @@ def soap(
       b1, b2, factor_decay, eps, refresh_every, max_side, mask, view: See `scale_by_soap`.
       rest: What trains everything else, with a learning rate of its own; None is Adam with the rate
         of the kernels.
-      regularizer: Applied to the rescaled updates of the kernels before the rate, such as
-        `optax.add_decayed_weights(1e-2)` or `optax_ortho(1e-2)`: decoupled from the moments, and in
-        proportion to the rate.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`. `modulation`, `stiefel`, `optax.MultiSteps` and
@@ -227,8 +223,7 @@ def soap(
             max_side=max_side,
             view=axes,
         )
-        after = [regularizer] * (regularizer is not None)
-        of_kernels = optax.chain(scale, *after, optax.scale_by_learning_rate(learning_rate))
+        of_kernels = optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
         of_rest = optax.adam(learning_rate) if rest is None else rest
         labels = jax.tree_util.tree_map_with_path(
             lambda keys, _: "rest" if axes[path_name(keys)] is None else "kernels", params

@@ -7,7 +7,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from orthojax.errors import ConfigError, UserError
-from orthojax.parallel.rendezvous import await_processes
+from orthojax.parallel.rendezvous import await_processes, loopback
 
 _MESSAGE_BYTES = 4096
 
@@ -25,7 +25,8 @@ def initialize(
     elsewhere all three arguments are needed.
 
     Args:
-      coordinator: `HOST:PORT` of process 0, which listens there.
+      coordinator: `HOST:PORT` of process 0, which listens there; where `HOST` is `localhost`, to
+        this machine alone.
       processes: how many there are.
       process_id: which of them this is, from 0.
       timeout: seconds to wait for the others.
@@ -50,7 +51,11 @@ def initialize(
         # JAX itself ends the process when somebody is missing, and does not say who.
         await_processes(coordinator, processes, process_id, timeout)
     jax.distributed.initialize(
-        coordinator, processes, process_id, initialization_timeout=max(1, round(timeout))
+        coordinator,
+        processes,
+        process_id,
+        coordinator_bind_address=_bind_address(coordinator),
+        initialization_timeout=max(1, round(timeout)),
     )
 
 
@@ -74,6 +79,15 @@ def on_first_process(function: Callable[[], None]) -> None:
         raise failure
     if message:
         raise UserError(f"process 0 says: {message.decode(errors='replace')}")
+
+
+def _bind_address(coordinator: str | None) -> str | None:
+    """Where JAX's service listens, if not to all machines, which is its default."""
+    host, _, port = (coordinator or "").rpartition(":")
+    address = loopback(host)
+    if address is None:
+        return None
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _detect(timeout: float) -> tuple[str | None, int | None, int | None]:

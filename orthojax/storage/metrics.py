@@ -184,14 +184,21 @@ def _lenient(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def _open_events(workdir: str | os.PathLike, resume_step: int | None) -> Any:
+def require_tensorboard() -> None:
+    """Raises `UserError` where the extra `[tensorboard]` is not installed."""
     try:
-        import tensorboardX
+        import tensorboardX  # noqa: F401
     except ImportError:
         raise UserError(
             "writing TensorBoard events needs the extra [tensorboard]: "
             "pip install -e '.[tensorboard]'"
         ) from None
+
+
+def _open_events(workdir: str | os.PathLike, resume_step: int | None) -> Any:
+    require_tensorboard()
+    import tensorboardX
+
     # TensorBoard hides what an interrupted run wrote at and after the purge step.
     purge_step = 0 if resume_step is None else resume_step + 1
     return tensorboardX.SummaryWriter(str(to_path(workdir) / "tensorboard"), purge_step=purge_step)

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+from orthojax.caches import expand
 from orthojax.errors import WorkdirError
 
 
@@ -26,7 +27,7 @@ def to_path(path: str | os.PathLike) -> Any:
     """
     text = os.fspath(path)
     if "://" not in text:
-        return pathlib.Path(os.path.expanduser(text))
+        return pathlib.Path(expand(text))
     if not text.startswith("gs://"):
         raise WorkdirError(f"{text}: only gs:// and this machine's own paths can be used")
     if importlib.util.find_spec("gcsfs") is None:
@@ -39,7 +40,7 @@ def to_path(path: str | os.PathLike) -> Any:
 
 def local_path(text: str) -> pathlib.Path:
     """A path on the command line, of which the shell has left a `~` as it is."""
-    return pathlib.Path(os.path.expanduser(text))
+    return pathlib.Path(expand(text))
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -43,6 +43,7 @@ _WITHOUT_EFFECT = (
     ),
     "tensorboard:",
 )
+_LAST_BITS = ("packages.jaxlib:", "backend:", "device_kind:", "device_count:")
 # What a process killed inside `claim` may leave behind before config.json exists.
 _BEGINNINGS = {"lock", ".config.json.tmp"}
 # What Lustre without flock, NFS without a lock daemon, and others answer.
@@ -93,6 +94,44 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
         write_json_atomic(workdir / CONFIG, config)
     starts = workdir / "environment.json"
     write_json_atomic(starts, [*_earlier_starts(starts), _environment(config)])
+
+
+def may_differ(key: str) -> bool:
+    """Whether a run may go on with another value of a key of its config, or of a whole section.
+
+    Example:
+      >>> [may_differ(key) for key in ("mesh.fsdp", "mesh", "steps", "seed", "dataset")]
+      [True, True, True, False, False]
+    """
+    return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, "steps:")) for end in ":.")
+
+
+def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
+    """Adds facts to what `environment.json` says of the last start.
+
+    Returns:
+      In what the start differs from the one before, of what the last bits of a result depend on: a
+      line for each fact, for the version of jaxlib and for the devices.
+
+    Example:
+      >>> import tempfile
+      >>> workdir = pathlib.Path(tempfile.mkdtemp(), "run")
+      >>> for convolution in ("native 0a1b", "XLA"):
+      ...     claim(workdir, {"seed": 0})
+      ...     told = note_start(workdir, convolution=convolution)
+      >>> told
+      ["convolution: 'native 0a1b' -> 'XLA'"]
+    """
+    path = to_path(workdir) / "environment.json"
+    *before, start = json.loads(path.read_bytes())
+    start |= facts
+    write_json_atomic(path, [*before, start])
+    if not before:
+        return []
+    watched = (*(f"{name}:" for name in facts), *_LAST_BITS)
+    # What an earlier version has not noted is not known to differ.
+    known = {name: value for name, value in start.items() if name in before[-1]}
+    return [line for line in differences(before[-1], known) if line.startswith(watched)]
 
 
 def check_config(workdir: str | os.PathLike, config: Mapping) -> None:

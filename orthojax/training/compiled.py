@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from orthojax import native
 from orthojax.parallel.mesh import (
     batch_sharding,
     local_rows,
@@ -39,6 +40,7 @@ class CompiledSteps:
         config wants the running ones.
       rows: which rows of a batch this process supplies.
       put: this process's rows of a batch to the devices.
+      convolution: whose a training step has, see `orthojax.native.describe`.
       compile_seconds: what compiling took.
     """
 
@@ -50,6 +52,7 @@ class CompiledSteps:
     recalibrate: Callable[[TrainState], TrainState]
     rows: np.ndarray
     put: Any
+    convolution: str
     compile_seconds: float
 
     def init(self) -> TrainState:
@@ -70,16 +73,18 @@ def compile_steps(experiment: Experiment) -> CompiledSteps:
     state = abstract_state(experiment)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = ONCE.get(experiment.mesh.devices.flat[0].platform)
+    lowered = lower_train_step(experiment)
     init = jax.jit(_init(experiment), out_shardings=shardings, compiler_options=options)
     return CompiledSteps(
         abstract_state=state,
         hyperparams=experiment.hyperparams,
         compiled_init=init.lower(_abstract_hyperparams(experiment).seed).compile(),
-        compiled_train_step=lower_train_step(experiment).compile(),
+        compiled_train_step=lowered.compile(),
         eval_step=_lower_eval_step(experiment).compile(),
         recalibrate=_compile_recalibrate(experiment),
         rows=rows,
         put=functools.partial(to_devices, split, batch_size, rows),
+        convolution=native.describe(lowered),
         compile_seconds=time.monotonic() - start,
     )
 

@@ -64,6 +64,9 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "muon": muon,
     "soap": soap,
 }
+# Those that rescale the gradient. A regularizer's is not to be rescaled with the loss's: it comes
+# behind, and the learning rate alone applies to it, as to the weight decay of AdamW.
+ADAPTIVE = frozenset(OPTIMIZERS) - {"sgd"}
 # Of their arguments, those that make sense in a range alone, and which optax does not check.
 _FUNCTIONS = ("mask", "weight_decay_mask", "trust_ratio_mask", "view")
 _FRACTIONS = ("momentum", "decay", "rho", "b1", "b2")
@@ -168,6 +171,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Clipping, the regularizer's gradient, the optimizer, and around them the constraint.
 
+    The regularizer's gradient comes behind an optimizer of `ADAPTIVE`, times the learning rate.
+
     Args:
       optimizer: `name`, `learning_rate`, and arguments of the optax function of that name.
       schedule: `name` and arguments of the function of that name in this file.
@@ -200,6 +205,8 @@ def make_optimizer(
     if mesh is not None and regularizer["name"] == "ortho":
         regularize = shard_penalty(regularize, mesh)
     chained = [regularize, bound]
+    if optimizer["name"] in ADAPTIVE:
+        chained = [bound, _behind(regularize, rates)]
     if clip_grad_norm is not None:
         chained.insert(0, optax.clip_by_global_norm(clip_grad_norm))
     made = optax.chain(*chained)
@@ -227,6 +234,19 @@ def _bind_optimizer(section: Mapping, path: str, schedule: Mapping, steps: int):
         rest = arguments["rest"]
         arguments["rest"], _ = _bind_optimizer(rest, f"{path}.rest", schedule, steps)
     return bind_named(OPTIMIZERS, arguments, path), rates
+
+
+def _behind(
+    regularize: optax.GradientTransformation, rates: optax.Schedule
+) -> optax.GradientTransformation:
+    """Adds a regularizer's gradient, times the negative learning rate, to finished updates."""
+    scaled = optax.chain(regularize, optax.scale_by_learning_rate(rates))
+
+    def update(updates, state, params=None):
+        added, state = scaled.update(optax.tree.zeros_like(updates), state, params)
+        return optax.tree.add(updates, added), state
+
+    return optax.GradientTransformation(scaled.init, update)
 
 
 def _check_ranges(section: Mapping, path: str) -> None:

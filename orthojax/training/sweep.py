@@ -28,6 +28,7 @@ from orthojax.training.train import train_and_evaluate
 
 RECORD = "record.json"
 POLL_SECONDS = 2.0  # between looks at what other processes are training
+PROGRESS_SECONDS = 30.0  # between lines that tell of one run
 
 Record = dict[str, Any]
 
@@ -42,8 +43,13 @@ class Run(NamedTuple):
 Job = Generator[Run, Record, Any]
 
 
-def train_once(run: Run) -> Record:
+def train_once(run: Run, stream: Any = None) -> Record:
     """The record of a run, which is trained if it has none yet.
+
+    Args:
+      run: what to train, and where.
+      stream: where progress is told, at the first record and every `PROGRESS_SECONDS`; None is
+        nowhere.
 
     Returns:
       `test_accuracy`, on the whole test split, a fraction of one; `train_loss` and
@@ -62,15 +68,15 @@ def train_once(run: Run) -> Record:
     path = run.workdir / RECORD
     if not path.exists():
         run.workdir.parent.mkdir(parents=True, exist_ok=True)
-        write_json_atomic(path, _train(run))
+        write_json_atomic(path, _train(run, stream))
     check_config(run.workdir, run.config)
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_bytes())
     if record["train_loss"] is None:
         record["train_loss"] = math.inf
     return record
 
 
-def _train(run: Run) -> Record:
+def _train(run: Run, stream: Any) -> Record:
     log = run.workdir.with_name(run.workdir.name + ".log")
     record = {
         "seed": run.config.seed,
@@ -81,9 +87,18 @@ def _train(run: Run) -> Record:
     if "rest" in run.config.optimizer:
         record["rest_rate"] = run.config.optimizer.rest.learning_rate
     fresh, start = not run.workdir.exists(), time.process_time()
-    with log.open("a") as file, contextlib.redirect_stderr(file):
+    told = -math.inf
+
+    def progress(step: int, metrics: Record) -> None:
+        nonlocal told
+        if stream is not None and time.monotonic() - told >= PROGRESS_SECONDS:
+            told = time.monotonic()
+            done = f"step {step:,}/{run.config.steps:,}, loss {metrics['loss']:.3f}"
+            tell(f"{_title(run)}: {done}", stream)
+
+    with log.open("a", encoding="utf-8") as file, contextlib.redirect_stderr(file):
         try:
-            summary = train_and_evaluate(run.config, run.workdir)
+            summary = train_and_evaluate(run.config, run.workdir, [progress])
         except DivergenceError as error:
             nothing = dict.fromkeys(("train_loss", "seconds", "cpu_seconds"))
             none_right = {"test_accuracy": 0.0, "train_accuracy": 0.0}
@@ -109,7 +124,7 @@ def work(jobs: Mapping[str, Job], stream: Any = None) -> dict[str, Any]:
 
     Args:
       jobs: generators by name.
-      stream: where progress is told, a line for every run; None is stderr.
+      stream: where progress is told, see `train_once`, and every run that ends; None is stderr.
 
     Returns:
       What each job returned, by name, in the order of `jobs`.
@@ -134,7 +149,7 @@ def work(jobs: Mapping[str, Job], stream: Any = None) -> dict[str, Any]:
             run = wanted[name]
             fresh = not (run.workdir / RECORD).exists()
             try:
-                record = train_once(run)
+                record = train_once(run, stream)
             except WorkdirBusyError:
                 continue
             progressed = True
@@ -142,7 +157,7 @@ def work(jobs: Mapping[str, Job], stream: Any = None) -> dict[str, Any]:
             if fresh:
                 tell(
                     f"{len(results)}/{len(jobs)} done, {time.monotonic() - start:,.0f} s: "
-                    f"{run.workdir.parent.name}/{run.workdir.name}  {_outcome(record)}",
+                    f"{_title(run)}  {_outcome(record)}",
                     stream,
                 )
         if wanted and not progressed:
@@ -161,6 +176,37 @@ def finished(jobs: Mapping[str, Job]) -> dict[str, Any]:
         except StopIteration as stop:
             results[name] = stop.value
     return results
+
+
+def plan(jobs: Mapping[Any, Job]) -> dict[Any, tuple[set[pathlib.Path], set[pathlib.Path]]]:
+    """The runs that each job needs, those that are done and those that are left; trains nothing.
+
+    A search for a learning rate is taken to end where it begins: it may need more.
+
+    Args:
+      jobs: are used up.
+
+    Raises:
+      WorkdirError: a run that is done is of another config.
+    """
+    found = {}
+    for name, job in jobs.items():
+        done, left = found[name] = set(), set()
+        record = None
+        with contextlib.suppress(StopIteration):
+            while True:
+                run = job.send(record)
+                if (run.workdir / RECORD).exists():
+                    done.add(run.workdir)
+                    record = train_once(run)
+                else:
+                    left.add(run.workdir)
+                    record = {"train_loss": len(left) * 1e300}  # worse than any, and than the last
+    return found
+
+
+def _title(run: Run) -> str:
+    return f"{run.workdir.parent.name}/{run.workdir.name}"
 
 
 def _outcome(record: Record) -> str:

@@ -18,23 +18,24 @@ import jax
 
 from orthojax import data
 from orthojax.analysis.curves import draw_curves
+from orthojax.config.sections import bind
 from orthojax.console import tell
 from orthojax.data import preprocessing
 from orthojax.parallel.processes import is_first, on_first_process
 from orthojax.sites import weights_only
-from orthojax.storage.checkpoint import Checkpointer
-from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics
+from orthojax.storage.checkpoint import Checkpointer, saved_steps
+from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics, require_tensorboard
 from orthojax.storage.paths import to_path
-from orthojax.storage.workdir import claim, failures_explained, write_json_atomic
-from orthojax.training.compiled import compile_steps
-from orthojax.training.experiment import Experiment, build
+from orthojax.storage.workdir import claim, failures_explained, note_start, write_json_atomic
+from orthojax.training.compiled import abstract_state, compile_steps
+from orthojax.training.experiment import Experiment, Settings, build
 from orthojax.training.interrupt import stop_on_signals
 from orthojax.training.net import description
 from orthojax.training.progress import Progress
 from orthojax.training.summary import read_finished, write_summary
-from orthojax.training.trained import read_trained
+from orthojax.training.trained import Trained, read_trained
 from orthojax.training.trainer import Callback, Trainer, evaluate
-from orthojax.training.transfer import take_over
+from orthojax.training.transfer import check_fits, check_model, take_over
 
 
 def train_and_evaluate(
@@ -71,11 +72,23 @@ def train_and_evaluate(
       Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
     """
     workdir = to_path(workdir)
+    source = _checked_first(bind(Settings, config, ""), workdir)
     experiment = build(config)
     with failures_explained(workdir):
         on_first_process(lambda: _claim(workdir, config, experiment.dataset))
         summary = read_finished(workdir, experiment.settings.steps)
-        return summary or _train(experiment, workdir, callbacks)
+        return summary or _train(experiment, workdir, callbacks, source)
+
+
+def _checked_first(settings: Settings, workdir: Any) -> Trained | None:
+    """What can fail before images are decoded and programs compiled; the run to begin from."""
+    if settings.tensorboard and is_first():
+        require_tensorboard()
+    if settings.init_from is None or saved_steps(workdir / "checkpoints"):
+        return None
+    source = read_trained(settings.init_from)
+    check_model(settings, source)
+    return source
 
 
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
@@ -83,19 +96,23 @@ def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
     write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
 
 
-def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) -> dict[str, Any]:
+def _train(
+    experiment: Experiment, workdir: Any, callbacks: Sequence[Callback], source: Trained | None
+) -> dict[str, Any]:
     start = time.monotonic()
     settings = experiment.settings
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(
             Checkpointer(workdir / "checkpoints", keep=settings.keep_checkpoints)
         )
-        stream = sys.stderr if is_first() else stack.enter_context(open(os.devnull, "w"))
+        nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+        stream = sys.stderr if is_first() else nowhere
         progress = stack.enter_context(Progress(settings.steps, stream))
         progress.message(_describe(experiment))
-        source = None
+        names = experiment.dataset.preprocessing.class_names
         if settings.init_from is not None and checkpointer.latest_step() is None:
-            source = read_trained(settings.init_from)
+            source = source or read_trained(settings.init_from)  # what was saved may be damaged
+            check_fits(abstract_state(experiment), source, names)
         programs = compile_steps(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
         batches = experiment.dataset.train_batches(
@@ -107,7 +124,6 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
         if restored is None:
             first_step, state = 0, programs.init()
             if source is not None:
-                names = experiment.dataset.preprocessing.class_names
                 state, told = take_over(state, source, names)
                 progress.message(f"begins as step {source.step} of {settings.init_from}: {told}")
         else:
@@ -116,6 +132,12 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
             progress.message(f"resuming {workdir} from step {first_step}")
         writer = NullWriter()
         if is_first():
+            changes = note_start(workdir, convolution=programs.convolution)
+            if changes and restored is not None:
+                progress.message(
+                    "from here on the last bits may be others than an undisturbed run's: "
+                    + ", ".join(changes)
+                )
             resume_step = first_step if restored else None
             writer = MetricWriter(workdir, settings.tensorboard, resume_step)
         stack.enter_context(writer)

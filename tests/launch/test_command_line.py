@@ -1,16 +1,21 @@
 """The command line of the programs that take `--config`: files, flags, help, signals."""
 
 import json
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 
-from orthojax.errors import ConfigError
+from orthojax.caches import cache_directory
+from orthojax.data import source
+from orthojax.errors import ConfigError, UserError
 from orthojax.launch import command_line, config_flag
+from orthojax.storage.paths import local_path, to_path
 
 TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -28,6 +33,10 @@ def test_help_lists_the_flags_the_configs_and_an_example(flag, program):
     ("arguments", "message"),
     [
         (["--wrkdir=runs"], "wrkdir.*workdir"),
+        (["--steps=10"], "'steps'.*by --config.steps=VALUE"),
+        (["--learning_rate", "0.1"], "--config.optimizer.learning_rate=VALUE"),
+        (["--model.depth=44"], "--config.model.depth=VALUE"),
+        (["--dataset=cifar10"], "--config.dataset.name=VALUE"),
         (["runs/a"], "unexpected arguments: runs/a"),
         (["--", "--workdir=a"], "unexpected arguments: --workdir=a"),
         (["--timeout=soon"], "timeout=soon"),
@@ -93,7 +102,29 @@ def test_a_mistyped_config_says_where_it_was_looked_for(flags, tmp_path):
 
 def test_names_of_runs_are_fit_for_paths(flags):
     flags("--config=configs/cifar10_plain.py:depth=44, method=l2")
-    assert config_flag.config_name() == "cifar10_plain-depth=44-method=l2"
+    assert config_flag.run_name() == "cifar10_plain-depth=44-method=l2"
+    words = ["--config.seed=2", "--config.mesh.data=1", "--config.steps=9", "--config.log_every=1"]
+    flags("--config=digits_plain110", *words, "--config.model.width=4", "--config.seed", "3")
+    assert config_flag.run_name() == "digits_plain110-model.width=4-seed=3"
+    flags("--config=digits_plain110", "--config.model.name=ResNet", "--config.mesh={'data': 1}")
+    assert config_flag.run_name() == "digits_plain110-model.name=ResNet"
+
+
+def test_names_of_runs_with_long_overrides_are_fit_too(flags):
+    names = set()
+    for split in ("ä" * 200, "ä" * 201):
+        flags("--config=digits_plain110", f"--config.dataset.train_split={split}")
+        names.add(config_flag.run_name())
+    assert len(names) == 2 and all(len(os.fsencode(name)) <= 200 for name in names)
+
+
+def test_commands_that_differ_in_an_override_do_not_share_a_directory(program):
+    workdirs = []
+    for words in ([], ["--config.seed=1"], ["--config.model.name=ResNet"], ["--config.steps=600"]):
+        with mock.patch("orthojax.training.train.train_and_evaluate", return_value={}) as train:
+            assert program("train", *words).code == 0
+        workdirs.append(train.call_args.args[1])
+    assert len(set(workdirs)) == 3 and workdirs[0] == workdirs[3] == "runs/digits_plain110"
 
 
 @pytest.mark.parametrize("cache", ["", "relative", "~/c", None])
@@ -103,7 +134,43 @@ def test_the_compilation_cache_is_never_in_the_current_directory(cache, tmp_path
     if cache is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", cache)
     place = tmp_path / ("c" if cache == "~/c" else ".cache") / "orthojax" / "xla"
-    assert command_line.cache_directory() == str(place)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    with mock.patch("jax.config.update") as update:
+        command_line.keep_compiled_programs()
+    update.assert_called_once_with("jax_compilation_cache_dir", str(place))
+
+
+def test_no_compiled_program_of_somebody_else_is_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    place = tmp_path / "orthojax" / "xla"
+    place.mkdir(parents=True)
+    owner = 12345
+    if os.getuid() == 0:
+        os.chown(place, owner, -1)
+    else:  # somebody else looks
+        owner = os.getuid()
+        monkeypatch.setattr("os.getuid", lambda: 12345)
+    with mock.patch("jax.config.update") as update:
+        command_line.keep_compiled_programs()
+    assert not update.called
+    told = capsys.readouterr().err
+    assert f"not kept: {place} belongs to user {owner}" in told and len(told.splitlines()) == 1
+
+
+def test_without_a_home_nothing_is_called_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME", "TFDS_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert cache_directory("xla") is None
+    for place in (to_path, local_path):
+        with pytest.raises(UserError, match="~/runs: there is no home directory ~; set HOME"):
+            place("~/runs")
+    with pytest.raises(UserError, match="~/tensorflow_datasets: there is no home"):
+        source.named_builder("digits", None)
+
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_path_of_a_tilde_is_taken_literally(tmp_path, program):

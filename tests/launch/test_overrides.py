@@ -1,6 +1,7 @@
 """Overrides of a config: every argument of what a section stands for, and the errors."""
 
 import pytest
+from flax import linen as nn
 from ml_collections import ConfigDict
 
 from orthojax.configs import cifar10_plain, digits_plain110
@@ -70,21 +71,50 @@ def test_of_two_the_last_counts():
 @pytest.mark.parametrize(
     ("words", "kept", "dropped"),
     [
-        (["optimizer.name=adam"], {"name": "adam", "learning_rate": 0.005}, "momentum"),
-        (["optimizer.name=rmsprop"], {"momentum": 0.9, "learning_rate": 0.005}, None),
-        (["optimizer.b1=0.8", "optimizer.name=adam"], {"b1": 0.8}, "momentum"),
-        (["schedule.name=cosine"], {"warmup_steps": 20}, "boundaries, factor"),
-        (["regularizer.name=none"], {"name": "none"}, "coefficient"),
-        (["regularizer.name=l2"], {"coefficient": 1e-4}, None),
+        (
+            ["optimizer.name=adam"],
+            {"name": "adam", "learning_rate": 0.005},
+            " keeps learning_rate=0.005; drops momentum=0.9",
+        ),
+        (
+            ["optimizer.name=rmsprop"],
+            {"momentum": 0.9, "learning_rate": 0.005},
+            " keeps learning_rate=0.005, momentum=0.9",
+        ),
+        (["optimizer.b1=0.8", "optimizer.name=adam"], {"b1": 0.8}, "drops momentum=0.9"),
+        (
+            ["schedule.name=cosine"],
+            {"warmup_steps": 20},
+            " keeps warmup_steps=20; drops boundaries=(0.5, 0.75), factor=0.1",
+        ),
+        (["regularizer.name=none"], {"name": "none"}, " drops coefficient=0.0001"),
+        (["regularizer.name=l2"], {"coefficient": 1e-4}, " keeps coefficient=0.0001"),
         (["optimizer.name=sgd"], {"momentum": 0.9}, None),
+        (["model.name=ResNet"], {"depth": 8, "width": 8}, "depth=8, kernel_init"),
     ],
 )
-def test_another_name_drops_the_keys_of_the_old_one(words, kept, dropped):
+def test_another_name_drops_the_keys_of_the_old_one_and_names_what_stays(words, kept, dropped):
     config, notes = overridden(*words)
     section = words[0].partition(".")[0]
     assert kept.items() <= config[section].to_dict().items()
     assert [dropped in note for note in notes] == ([True] if dropped else [])
     build(config, records=False)  # which takes no key that nothing reads
+
+
+@pytest.mark.parametrize("first", ["PlainNet", "flax.linen:Conv"])
+def test_a_net_of_ones_own_takes_no_key_of_another_net(first, monkeypatch):
+    """`features` of one is no `features` of the other, nor is `depth` a depth."""
+
+    class Own(nn.Module):
+        depth: int = 2
+        features: int = 7
+
+    monkeypatch.setattr(nn, "Own", Own, raising=False)
+    config = digits_plain110.get_config("depth=8")
+    config.model = ConfigDict({"name": first, "depth": 8, "features": 32})
+    config, [note] = overridden("model.name=flax.linen:Own", "model.features=9", config=config)
+    assert config.model.to_dict() == {"name": "flax.linen:Own", "features": 9}
+    assert note == "model.name=flax.linen:Own drops depth=8"
 
 
 def test_another_data_set_drops_what_its_loader_does_not_take():

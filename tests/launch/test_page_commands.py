@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from orthojax.launch.config_flag import config_name
+from orthojax.launch.config_flag import run_name
 from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
 
@@ -114,5 +114,5 @@ def test_a_config_of_ones_own(flags, tmp_path):
     [(_, words)] = commands(blocks("configs.md", "bash")[0])
     config = flags(*words)
     assert (config.seed, config.steps, config.schedule.name) == (1, 40, "linear")
-    assert config_name() == "my_config"
+    assert run_name() == "my_config-seed=1"
     build(config, records=False)

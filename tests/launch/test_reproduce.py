@@ -34,9 +34,11 @@ from experiments import (
 )
 from orthojax.analysis.growth import log_growth
 from orthojax.configs import cifar10_plain
+from orthojax.errors import UserError
 from orthojax.models import PlainNet, in_order
 from orthojax.sites import SITE
 from orthojax.storage.metrics import MetricWriter
+from orthojax.storage.workdir import claim, write_json_atomic
 from orthojax.training.experiment import build
 from orthojax.training.optimizers import make_optimizer
 from reproduce import Options
@@ -362,6 +364,25 @@ def test_an_experiment_by_one_command(program, tmp_path, monkeypatch):
     (workdir / "report.md").unlink()
     assert program("reproduce", "appendix", "--resume", f"--workdir={tmp_path}").code == 0
     assert (workdir / "report.md").exists()
+
+
+def test_the_plan_is_told_before_anything_is_trained(program, tmp_path, monkeypatch):
+    def stop(jobs):
+        raise UserError("stop")
+
+    monkeypatch.setattr("orthojax.training.sweep.work", stop)
+    options = Options("cpu", (0, 1), None, tmp_path / "depth_cpu")
+    run = next(depth.jobs(options)[44])
+    claim(run.workdir, run.config)
+    write_json_atomic(run.workdir / "record.json", record())
+    done = program("reproduce", "depth", "--seeds=2", f"--workdir={tmp_path}")
+    *plan, last = done.err.splitlines()
+    assert done.code == 2 and last == "error: stop"
+    assert plan[0].startswith("depth: 5 arms, 0 finished; 1 runs done, 24 left, and more")
+    assert plan[1:] == [
+        f"  {layers}: {int(layers == 44)} done, {5 - (layers == 44)} left"
+        for layers in depth.DEPTHS
+    ]
 
 
 @pytest.mark.parametrize("name", ["table2", "figure5", "long_run", "good_init"])

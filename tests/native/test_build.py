@@ -57,6 +57,89 @@ def test_a_failing_compiler_is_told_of(tmp_path, monkeypatch, warnings):
     assert len(warnings()) == 1 and "error: broken" in warnings()[0]
 
 
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """Builds with a compiler of which every run writes another library; how it was called."""
+    compiler, calls = tmp_path / "compiler", tmp_path / "calls"
+    body = f'echo "$@" >> {calls}; while [ $1 != -o ]; do shift; done; wc {calls} > $2'
+    compiler.write_text(f"#!/bin/sh\n{body}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    return lambda: len(calls.read_text().splitlines()) if calls.exists() else 0
+
+
+def test_what_is_built_serves_when_the_compiler_is_gone(tmp_path, stand_in):
+    built = build.build(tmp_path / "native")
+    content, runs = built.read_bytes(), stand_in()
+    (tmp_path / "compiler").unlink()
+    assert build.build(tmp_path / "native") == built
+    assert built.read_bytes() == content and stand_in() == runs > 0
+
+
+def _cut(library):
+    library.write_bytes(library.read_bytes()[:-1])
+
+
+def _empty(library):
+    library.write_bytes(b"")
+
+
+def _flip(library):
+    content = bytearray(library.read_bytes())
+    content[0] ^= 1
+    library.write_bytes(content)
+
+
+def _open_to_others(library):
+    library.chmod(0o775)
+
+
+def _link(library):
+    library.rename(library.with_suffix(".elsewhere"))
+    library.symlink_to(library.with_suffix(".elsewhere"))
+
+
+@pytest.mark.parametrize("spoil", [_cut, _empty, _flip, _open_to_others, _link])
+def test_a_library_that_cannot_be_trusted_is_built_anew(spoil, tmp_path, stand_in):
+    library, runs = build.build(tmp_path / "native"), stand_in()
+    spoil(library)
+    assert build.build(tmp_path / "native") == library
+    assert stand_in() == 2 * runs and not library.is_symlink()
+    assert build.build(tmp_path / "native") == library
+    assert stand_in() == 2 * runs
+
+
+def _give_away(path, monkeypatch):
+    """Makes a path somebody else's."""
+    if os.getuid() == 0:
+        os.chown(path, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+
+
+def test_nothing_is_loaded_from_a_directory_of_somebody_else(tmp_path, monkeypatch, warnings):
+    place = tmp_path / "orthojax" / "native"
+    place.mkdir(parents=True)
+    _give_away(place, monkeypatch)
+    assert convolve() == (ANSWER, False)
+    assert len(warnings()) == 1 and f"{place} belongs to user" in warnings()[0]
+    assert not list(place.iterdir())
+
+
+def test_the_directory_is_kept_for_its_owner(tmp_path, stand_in):
+    place = tmp_path / "native"
+    place.mkdir(mode=0o775)
+    place.chmod(0o777)
+    build.build(place)
+    assert place.stat().st_mode & 0o022 == 0
+
+
+def test_without_a_home_one_line_says_so(monkeypatch, warnings):
+    monkeypatch.setattr(build, "cache_directory", lambda name: None)
+    assert convolve() == (ANSWER, False)
+    assert len(warnings()) == 1 and "set XDG_CACHE_HOME" in warnings()[0]
+
+
 def test_it_can_be_switched_off(tmp_path, monkeypatch, warnings):
     monkeypatch.setenv("ORTHOJAX_NATIVE", "0")
     assert convolve() == (ANSWER, False)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import orthojax
-from orthojax import optax_ortho, scale_by_soap, soap, stiefel
+from orthojax import scale_by_soap, soap, stiefel
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import SoapState
@@ -294,16 +294,6 @@ def test_modulation_goes_around_it_and_its_zero_in_the_first_update():
     for factor, basis in zip(inner.factors["kernel"], inner.bases["kernel"], strict=True):
         rotated = basis[0].T @ factor[0] @ basis[0]
         assert jnp.abs(rotated - jnp.diag(jnp.diag(rotated))).max() < 1e-5 * jnp.max(rotated)
-
-
-def test_a_regularizer_stands_between_the_scaling_and_the_rate():
-    gradients, _ = undisturbed()
-    found, _ = run(soap(0.1, rest=REST, regularizer=optax_ortho(0.3)), gradients, PARAMS)
-    chained = optax.chain(scale_by_soap(), optax_ortho(0.3), optax.scale_by_learning_rate(0.1))
-    expected, _ = run(chained, gradients, PARAMS)
-    chex.assert_trees_all_close(
-        [f["kernel"] for f in found], [e["kernel"] for e in expected], rtol=1e-6
-    )
 
 
 def test_kernels_stay_orthonormal_within_stiefel():

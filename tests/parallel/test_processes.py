@@ -1,10 +1,14 @@
 """Several real processes on this machine: launch/local_processes.py, preempted and resumed."""
 
+import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
+import pytest
 
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
@@ -54,6 +58,43 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, capsys)
         # losses are sums over 360 images, which batches of 32 do not divide.
         np.testing.assert_allclose(actual["loss"], expected["loss"], rtol=1e-3)
         assert abs(actual["accuracy"] - expected["accuracy"]) <= 1.5 / 32
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """Starts launch/local_processes.py with another program in the place of train.py."""
+    shutil.copy(ROOT / "launch" / "local_processes.py", tmp_path)
+
+    def start(program):
+        (tmp_path / "train.py").write_text(program)
+        command = [sys.executable, tmp_path / "local_processes.py", "--processes=2"]
+        environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE)
+
+    return start
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children")
+def test_children_end_when_the_launcher_is_killed(stand_in):
+    program = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    process = stand_in(program)
+    children = [int(process.stdout.readline().split()[-1]) for _ in range(2)]
+    process.kill()
+    deadline = time.monotonic() + 10
+    while any(pathlib.Path("/proc", str(child)).exists() for child in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.communicate()
+
+
+def test_output_passes_as_it_is_in_any_encoding(stand_in):
+    program = r"import sys; sys.stdout.buffer.write(b'\xc3\xa9t\xe9\n' + b'step\n' * 20_000)"
+    process = stand_in(program)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    lines = out.splitlines()
+    assert lines.count(b"\xc3\xa9t\xe9") == lines.count(b"[1] \xc3\xa9t\xe9") == 1
+    assert lines.count(b"step") == lines.count(b"[1] step") == 20_000
 
 
 def test_a_refusal_of_process_0_reaches_everybody(tmp_path):

@@ -1,12 +1,16 @@
 """Who is missing has a name, in every process that waits."""
 
+import pathlib
 import socket
+import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from orthojax.errors import ConfigError, UserError
+from orthojax.parallel import processes
 from orthojax.parallel.processes import initialize
 from orthojax.parallel.rendezvous import ProcessesMissing, await_processes
 
@@ -80,6 +84,65 @@ def test_strangers_and_silent_callers_do_not_count():
     await_processes(f"localhost:{port}", 2, 1, 20.0)
     server.join()
     assert outcome == [None]
+
+
+def _listening(port):
+    """The addresses that this machine listens on at a port, as /proc has them."""
+    lines = []
+    for name in ("tcp", "tcp6"):
+        file = pathlib.Path("/proc/net", name)
+        lines += file.read_text().splitlines()[1:] if file.exists() else []
+    fields = [line.split() for line in lines]
+    return {place[:-5] for _, place, _, state, *_ in fields if state == "0A" and place[-4:] == port}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc/net")
+@pytest.mark.parametrize(
+    ("host", "alone"), [("localhost", True), ("LOCALHOST.", True), ("127.0.0.1", True), ("", False)]
+)
+def test_a_coordinator_on_localhost_listens_to_this_machine_alone(host, alone):
+    port = free_port()
+    host = host or socket.gethostname()
+    server = threading.Thread(target=await_processes, args=(f"{host}:{port}", 2, 0, 20.0))
+    server.start()
+    while not (found := _listening(f"{port:04X}")):
+        time.sleep(0.02)
+    await_processes(f"localhost:{port}", 2, 1, 20.0)
+    server.join()
+    assert found == {"0100007F"} if alone else not found & {"0100007F"}
+    assert processes._bind_address(f"{host}:{port}") == (f"127.0.0.1:{port}" if alone else None)
+
+
+def test_nobody_who_is_slow_keeps_others_waiting_or_outlasts_the_timeout():
+    port, slow = free_port(), threading.Event()
+    outcome = []
+
+    def drip(piece):
+        with socket.create_connection(("localhost", port)) as connection, suppress(OSError):
+            while not slow.wait(0.05):
+                connection.sendall(piece)
+
+    def preside():
+        start = time.monotonic()
+        with pytest.raises(ProcessesMissing, match="missing: 2"):
+            await_processes(f"localhost:{port}", 3, 0, 1.5)
+        outcome.append(time.monotonic() - start)
+
+    server = threading.Thread(target=preside)
+    server.start()
+    time.sleep(0.1)
+    strangers = [
+        threading.Thread(target=drip, args=(piece,)) for piece in (b"", b"1", b"GET /\r\n")
+    ]
+    for stranger in strangers:
+        stranger.start()
+    with pytest.raises(ProcessesMissing, match="missing: 2"):  # 1 was heard
+        await_processes(f"localhost:{port}", 3, 1, 10.0)
+    server.join()
+    slow.set()
+    for stranger in strangers:
+        stranger.join()
+    assert outcome[0] < 3
 
 
 def test_bad_arguments_are_named():

@@ -176,6 +176,22 @@ def test_progress_survives_its_terminal(stream, monkeypatch):
     tell("said to nobody", stream)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "written"),
+    [
+        ("utf-8", "été 漢字 \\udcff"),
+        ("cp1252", "été \\u6f22\\u5b57 \\udcff"),
+        ("ascii", "\\xe9t\\xe9 \\u6f22\\u5b57 \\udcff"),
+        ("utf-16", "été 漢字 \\udcff"),
+    ],
+)
+def test_a_stream_gets_every_line_whatever_its_encoding(encoding, written):
+    file = io.BytesIO()
+    stream = io.TextIOWrapper(file, encoding)
+    tell("été 漢字 \udcff", stream)  # the last is a byte of a file's name that is no UTF-8
+    assert file.getvalue().decode(encoding) == f"{written}\n"
+
+
 @pytest.mark.parametrize("losses", [[2.3, 0.5, 0.01], [2.3, 2.2, 2.1], [math.nan] * 3])
 def test_curves_are_drawn(tmp_path, losses):
     records = [

@@ -1,5 +1,7 @@
 """The optimizer of a config: schedules by their formula, and what is clipped."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,9 @@ import optax
 import pytest
 
 from orthojax.errors import ConfigError
-from orthojax.ortho import orthonormality_error
+from orthojax.ortho import optax_ortho, orthonormality_error
 from orthojax.training.experiment import Settings
-from orthojax.training.optimizers import make_optimizer
+from orthojax.training.optimizers import l2, make_optimizer
 
 SECTIONS = {"dataset": {}, "model": {}, "modulation": None, "optimizer": {}, "schedule": {}}
 
@@ -48,6 +50,64 @@ def test_the_gradient_is_clipped_and_the_regularizer_is_not(norm):
     rate = float(schedule(0))
     np.testing.assert_allclose(updates["kernel"], [[-rate * (6 * share + 0.5 * 3)]], rtol=1e-6)
     np.testing.assert_allclose(updates["bias"], [-rate * 8 * share], rtol=1e-6)
+
+
+PAGES_CHAINS = {  # of docs/optimizer.md
+    "sgd": lambda penalty, rate: optax.chain(penalty, optax.sgd(rate, momentum=0.9)),
+    "adam": lambda penalty, rate: optax.chain(
+        optax.scale_by_adam(), penalty, optax.scale_by_learning_rate(rate)
+    ),
+    "rmsprop": lambda penalty, rate: optax.chain(
+        optax.scale_by_rms(), penalty, optax.scale_by_learning_rate(rate)
+    ),
+}
+
+
+@pytest.mark.parametrize("optimizer", PAGES_CHAINS)
+@pytest.mark.parametrize(("regularizer", "penalty"), [("ortho", optax_ortho), ("l2", l2)])
+def test_the_regularizer_stands_where_the_page_has_it(optimizer, regularizer, penalty):
+    ours, schedule = make_optimizer(
+        optimizer={"name": optimizer, "learning_rate": 0.01}
+        | ({"momentum": 0.9} if optimizer == "sgd" else {}),
+        schedule={"name": "cosine", "warmup_steps": 10},
+        regularizer={"name": regularizer, "coefficient": 0.5},
+        steps=100,
+    )
+    pages = PAGES_CHAINS[optimizer](penalty(0.5), schedule)
+    start, target = jax.random.normal(jax.random.key(0), (2, 12, 4))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def trained(tx):
+        def step(carry, _):
+            params, state = carry
+            gradient = {"kernel": 1e-3 * (params["kernel"] - target)}
+            updates, state = tx.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"kernel": start}
+        return jax.lax.scan(step, (params, tx.init(params)), length=100)[0][0]
+
+    found, expected = trained(ours), trained(pages)
+    np.testing.assert_allclose(found["kernel"], expected["kernel"], rtol=1e-4, atol=1e-5)
+    moved = np.abs(np.asarray(found["kernel"] - start)).max()
+    assert moved > 0.01
+
+
+def test_the_pull_of_a_penalty_is_that_of_its_coefficient_and_not_of_the_gradients_size():
+    """Adam's updates have one size, whatever the loss; the penalty's are 2 λ η W (WᵀW − I)."""
+    params = {"kernel": 1.1 * jnp.eye(4)}
+    moved = []
+    for coefficient in (0.1, 0.2):
+        tx, _ = make_optimizer(
+            optimizer={"name": "adam", "learning_rate": 0.1},
+            schedule={"name": "constant"},
+            regularizer={"name": "ortho", "coefficient": coefficient},
+            steps=1,
+        )
+        nothing = optax.tree.zeros_like(params)
+        updates, _ = tx.update(nothing, tx.init(params), params)
+        moved.append(float(updates["kernel"][0, 0]))
+    np.testing.assert_allclose(moved, [-0.1 * 2 * c * 1.1 * 0.21 for c in (0.1, 0.2)], rtol=1e-4)
 
 
 def test_without_clipping_the_state_is_what_it_was():

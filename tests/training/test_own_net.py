@@ -112,7 +112,7 @@ def test_the_command_line_takes_its_name_and_its_arguments():
         config, [overrides.Override(key, value, f"--config.{key}={value}") for key, value in words]
     )
     assert config.model.to_dict() == {"name": f"{__name__}:Linear", "classes": 12}
-    assert "depth, " in notes[0] and "dropped" in notes[0]
+    assert ":Linear drops " in notes[0] and "depth=8" in notes[0]
 
 
 @pytest.mark.parametrize(

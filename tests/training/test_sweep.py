@@ -28,14 +28,17 @@ def trained(monkeypatch):
 
     runs = Trained()
 
-    def train(config, workdir):
+    def train(config, workdir, callbacks=()):
         runs.append((config.optimizer.learning_rate, config.steps, config.seed))
         loss = runs.loss(config.optimizer.learning_rate)
         claim(workdir, config)
         if math.isnan(loss):
             raise DivergenceError("training diverged at step 3")
         with MetricWriter(workdir) as writer:
-            for step in range(1, config.steps + 1):  # the mean over the last tenth is `loss`
+            for step in range(1, config.steps + 1):
+                for callback in callbacks:
+                    callback(step, {"loss": loss})
+                # The mean over the last tenth is `loss`.
                 late = step > 0.9 * config.steps
                 writer.write(step, "train", loss=loss if late else 99.0, accuracy=float(late))
         return {"test_accuracy": 0.5, "seconds": 1.0}
@@ -108,7 +111,7 @@ def test_what_another_process_trains_is_waited_for_and_others_go_first(
 ):
     busy, train = ["a", "a"], sweep.train_and_evaluate
 
-    def sometimes_busy(config, workdir):
+    def sometimes_busy(config, workdir, callbacks=()):
         if busy and workdir.parent.name == busy[0]:
             busy.pop()
             raise WorkdirBusyError("another process is training there")
@@ -136,7 +139,7 @@ from orthojax.storage.workdir import claim
 from orthojax.training import sweep
 from tests.training.test_sweep import short_jobs
 
-def train(config, workdir):
+def train(config, workdir, callbacks):
     claim(workdir, config)
     print(workdir, flush=True)
     time.sleep(0.5)
@@ -179,3 +182,36 @@ def test_finished_reports_on_what_is_done_and_trains_nothing(trained, tmp_path):
     before = list(trained)
     assert sweep.finished(jobs()) == done
     assert trained == before
+
+
+def test_a_long_run_is_told_of_before_it_ends(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "PROGRESS_SECONDS", 0.0)
+    stream = io.StringIO()
+    sweep.work({"arm": sweep.over_seeds(config(2), tmp_path / "arm", (0,))}, stream)
+    *lines, last = stream.getvalue().splitlines()
+    run = "arm/lr0.005-steps2-seed0"
+    assert lines == [f"{run}: step {k}/2, loss {trained.loss(0.005):.3f}" for k in (1, 2)]
+    assert last.startswith("1/1 done") and run in last
+
+
+def test_the_plan_tells_what_is_done_and_left_and_trains_nothing(trained, tmp_path):
+    def jobs():
+        searched = {
+            name: sweep.tuned(
+                config(), tmp_path / name, (0, 1), rates=LADDER, start=0.1, search_steps=5
+            )
+            for name in ("done", "begun", "untouched")
+        }
+        return {**searched, "seeds": sweep.over_seeds(config(), tmp_path / "seeds", (0, 1, 2))}
+
+    before = sweep.plan(jobs())
+    assert {name: (len(done), len(left)) for name, (done, left) in before.items()} == {
+        **dict.fromkeys(("done", "begun", "untouched"), (0, 3 + 2)),
+        "seeds": (0, 3),
+    }
+    sweep.work({"done": jobs()["done"]}, stream=io.StringIO())
+    sweep.train_once(next(jobs()["begun"]))
+    count = len(trained)
+    found = {name: (len(done), len(left)) for name, (done, left) in sweep.plan(jobs()).items()}
+    assert found["done"] == (count - 1, 0) and found["untouched"] == (0, 5)
+    assert found["begun"] == (1, 4) and len(trained) == count

@@ -1,5 +1,6 @@
 """Training end to end: on a tiny net, in this process and in ones that are killed."""
 
+import dataclasses
 import errno
 import json
 import logging.handlers
@@ -69,6 +70,24 @@ def logged_run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(logged_run):
     return logged_run[:2]
+
+
+def test_a_resumed_run_says_that_its_convolutions_are_others(tmp_path, capsys, monkeypatch):
+    compile_steps = train.compile_steps
+    told = []
+    for steps, convolution in ((4, "native 0a1b"), (6, "native 0a1b"), (8, "XLA")):
+        monkeypatch.setattr(
+            train,
+            "compile_steps",
+            lambda experiment, name=convolution: dataclasses.replace(
+                compile_steps(experiment), convolution=name
+            ),
+        )
+        train_and_evaluate(config_of(steps), tmp_path / "run")
+        told.append("convolution: 'native 0a1b' -> 'XLA'" in "".join(capsys.readouterr()))
+    assert told == [False, False, True]
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert [start["convolution"] for start in starts] == ["native 0a1b", "native 0a1b", "XLA"]
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,14 @@
 """Fine-tuning: what is taken over, what is fresh, and what is refused."""
 
+import sys
+
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
 import orthojax
-from orthojax.errors import WorkdirError
+from orthojax.errors import UserError, WorkdirError
 from orthojax.ortho.paths import path_name
 from orthojax.sites import is_site
 from orthojax.training import train
@@ -14,7 +16,7 @@ from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
 from orthojax.training.trained import read_trained
-from orthojax.training.transfer import take_over
+from orthojax.training.transfer import check_fits, take_over
 from tests.training.tiny import programs_shared, tiny_config
 
 
@@ -89,6 +91,32 @@ def test_another_net_is_refused_by_the_name_of_a_parameter(first):
     source = read_trained(first)
     with pytest.raises(WorkdirError, match=r"parameter \S+ is \[.*\] in that run, and \["):
         take_over(abstract_state(build(config)), source, source.class_names)
+
+
+def test_another_net_is_refused_before_an_image_is_read(first, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", None)
+    config = tiny_config()
+    with config.unlocked():
+        config.init_from = str(first)
+        config.model.width = 8
+    with pytest.raises(WorkdirError, match=r"`init_from`: parameter \S+ is \[.*\] in that run"):
+        train_and_evaluate(config, tmp_path / "second")
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_images_are_refused_before_anything_is_compiled(first, state):
+    shapes = jax.eval_shape(lambda: state)
+    stem = {"conv": {"kernel": jax.ShapeDtypeStruct((3, 3, 3, 4), np.float32)}}
+    with pytest.raises(WorkdirError, match="stem/conv/kernel is .* and .3, 3, 3, 4. here"):
+        check_fits(shapes.replace(params={"stem": stem}), read_trained(first), ("x", "y"))
+
+
+def test_a_missing_extra_is_named_before_an_image_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(UserError, match=r"\[tensorboard\]"):
+        train_and_evaluate(tiny_config(tensorboard=True), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_it_starts_where_the_other_run_was_and_resumes_as_itself(first, tmp_path, capfd):
