@@ -1,4 +1,4 @@
-"""Measures step, convolutions, latency, input, compilation and memory, against a baseline.
+"""Measures step, SOAP, convolutions, latency, input, compilation and memory, against a baseline.
 
 python launch/benchmark.py all                    # ten minutes on two CPU cores
 python launch/benchmark.py step memory --rounds=5
@@ -25,7 +25,7 @@ from orthojax.storage.paths import local_path
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilation is measured, too
 
-PARTS = ("step", "convolution", "latency", "input", "compile", "memory")
+PARTS = ("step", "soap", "convolution", "latency", "input", "compile", "memory")
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
@@ -72,6 +72,7 @@ def main() -> int:
         "convolution": clock,
         "step": {**clock, "torch_compile": arguments.torch_compile},
         "latency": clock,
+        "soap": clock,
         "input": {"data_dir": arguments.data_dir},
     }
     found = []

@@ -17,6 +17,7 @@ SIZE = 32
 BASELINE = "SGD + L2"
 METHOD = "SGD + ortho + modulation"
 OBSERVED = "SGD + L2, observed"
+SOAP = "SOAP + L2"
 OBSERVING = 1e30  # a tolerance that no error exceeds
 VARIANTS = {  # name -> regularizer, tolerance of modulation
     BASELINE: ("l2", None),
@@ -24,6 +25,7 @@ VARIANTS = {  # name -> regularizer, tolerance of modulation
     "SGD + L2 + modulation": ("l2", 10.0),
     METHOD: ("ortho", 10.0),
     OBSERVED: ("l2", OBSERVING),
+    SOAP: ("l2", None),
 }
 
 
@@ -34,6 +36,9 @@ def experiment(variant, depth, **model):
     if tolerance:
         config.modulation.tolerance = tolerance
     config.regularizer = {"name": regularizer, "coefficient": 1e-4}
+    if variant == SOAP:
+        with config.ignore_type():
+            config.optimizer = {"name": "soap", "learning_rate": 1e-3, "rest": config.optimizer}
     config.mesh.data = 1
     config.model.update(model)
     return build(config, records=False)

@@ -8,7 +8,16 @@ import sys
 import jax
 import optax
 
-from benchmarks.programs import BASELINE, BATCH, METHOD, OBSERVED, VARIANTS, make_step, programs
+from benchmarks.programs import (
+    BASELINE,
+    BATCH,
+    METHOD,
+    OBSERVED,
+    SOAP,
+    VARIANTS,
+    make_step,
+    programs,
+)
 from orthojax import optax_ortho
 from orthojax.analysis.measurements import measurement, ratio
 from orthojax.analysis.timing import time_interleaved
@@ -21,7 +30,7 @@ COMPILED = "torch.compile"
 
 def measure(rounds: int, depth: int, clock, torch_compile: bool = False):
     """Measures the training step, beside PyTorch's, eager and, if wanted, compiled."""
-    steps = {name: make_step(programs(name, depth)) for name in VARIANTS}
+    steps = {name: make_step(programs(name, depth)) for name in VARIANTS if name != SOAP}
     steps[OBSERVED] = make_step(programs(OBSERVED, depth), observe=jax.jit(observe))
     steps["regularizer"] = _regularizer(programs(BASELINE, depth))
     steps[UNROLLED] = make_step(programs(BASELINE, depth, scan=False))
