@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orthojax.errors import ConfigError
-from orthojax.initializers import delta_orthonormal, orthonormal
+from orthojax.initializers import carrying, delta_orthonormal, orthonormal
 from orthojax.matrices import KernelAxes, group_sizes
 from orthojax.ortho import orthonormality_error
 
@@ -198,3 +198,29 @@ def test_errors():
     for groups in ("none", "ceiling"):
         with pytest.raises(ConfigError, match="group"):
             orthonormal(groups)
+
+
+@pytest.mark.parametrize(("shape", "carried"), [((3, 3, 6, 6), 3), ((5, 5), 2), ((2, 3, 4, 4), 2)])
+def test_carrying_kernels_are_orthonormal_and_pass_a_share_on(shape, carried):
+    kernel = np.asarray(carrying(0.5)(jax.random.key(0), shape))
+    matrix = kernel.reshape(-1, shape[-1])
+    np.testing.assert_allclose(matrix.T @ matrix, np.eye(shape[-1]), atol=1e-6)
+    identity = np.zeros((*shape[:-1], carried))
+    center = tuple((size - 1) // 2 for size in shape[:-2])
+    identity[center][:carried] = np.eye(carried)
+    np.testing.assert_array_equal(kernel[..., :carried], identity)
+
+
+def test_all_or_nothing_may_carry():
+    shape, key = (3, 3, 4, 4), jax.random.key(0)
+    center = carrying(1.0)(key, shape)[1, 1]
+    np.testing.assert_array_equal(center, np.eye(4))
+    none = carrying(0.0)(key, shape).reshape(36, 4)
+    np.testing.assert_allclose(none.T @ none, np.eye(4), atol=1e-6)
+
+
+def test_what_cannot_carry():
+    with pytest.raises(ConfigError, match="share=1.5"):
+        carrying(1.5)
+    with pytest.raises(ConfigError, match=r"\(3, 3, 4, 8\).*4 inputs and 8 outputs"):
+        carrying()(jax.random.key(0), (3, 3, 4, 8))

@@ -28,6 +28,7 @@ NETS = {
     "normalized tanh": {"activation": "tanh", "bn_scale": 0.4},
     "Dirac": {"parametrization": "dirac"},
     "RepVGG": {"parametrization": "repvgg"},
+    "carrying": {"kernel_init": "carrying", "carry": 0.5, "activation": "prelu"},
 }
 
 
@@ -100,6 +101,38 @@ def test_only_kernels_that_keep_the_shape_are_dirac_kernels(images):
     assert stage["entry"]["layer_1"]["dirac_scale"].shape == (8,)
     scanned = shapes["params"]["stage_1"]["scanned"]
     assert scanned["layer_0"]["dirac_identity"].shape == (2, 4)
+
+
+def test_a_carrying_net_begins_with_the_channels_that_it_carries(images):
+    """What the others compute does not reach them, through convolutions, BN and PReLU."""
+    net = SmallPlainNet(**NETS["carrying"])
+    variables = initialized(net, images)
+    stage = variables["params"]["stage_1"]["scanned"]["layer_0"]
+    assert stage["ParametricRelu_0"]["slope"].tolist() == [[1, 1, 0, 0]] * 2
+    changed = jax.tree.map(jnp.copy, variables)
+    kernel = changed["params"]["stage_1"]["scanned"]["layer_1"]["conv"]["kernel"]
+    changed["params"]["stage_1"]["scanned"]["layer_1"]["conv"]["kernel"] = kernel.at[
+        ..., 2:
+    ].multiply(-2)
+
+    @jax.jit
+    def entering(variables):
+        _, caught = net.apply(
+            variables,
+            images,
+            train=False,
+            capture_intermediates=lambda module, _: module.name == "stage_1",
+        )
+        return caught["intermediates"]["stage_1"]["__call__"][0]
+
+    before, after = entering(variables), entering(changed)
+    np.testing.assert_array_equal(before[..., :2], after[..., :2])
+    assert jnp.abs(before[..., 2:] - after[..., 2:]).max() > 0.1
+
+
+def test_a_share_that_carries_nothing_is_refused():
+    with pytest.raises(ValueError, match="carry=0.5 changes nothing where kernel_init='he'"):
+        SmallPlainNet(carry=0.5)
 
 
 def test_a_shifted_relu_passes_what_is_above_its_shift():
