@@ -174,7 +174,8 @@ def make_optimizer(
     The regularizer's gradient comes behind an optimizer of `ADAPTIVE`, times the learning rate.
 
     Args:
-      optimizer: `name`, `learning_rate`, and arguments of the optax function of that name.
+      optimizer: `name`, `learning_rate`, and arguments of the optax function of that name; of
+        `soap` also `rest`, such a section for what is no kernel.
       schedule: `name` and arguments of the function of that name in this file.
       regularizer: `name` and arguments: `ortho` (`orthojax.optax_ortho`), `l2` or `none`.
       steps: length of the run.
@@ -230,8 +231,9 @@ def _bind_optimizer(section: Mapping, path: str, schedule: Mapping, steps: int):
     base = arguments["learning_rate"]
     rates = bind_named(SCHEDULES, schedule, "schedule", base=base, steps=steps)
     arguments["learning_rate"] = rates
-    if isinstance(arguments.get("rest"), Mapping | ConfigDict):
-        rest = arguments["rest"]
+    if (rest := arguments.get("rest")) is not None:
+        if not isinstance(rest, Mapping | ConfigDict):
+            raise ConfigError(f"`{path}.rest` is {rest!r}; it must be a section, an optimizer's")
         arguments["rest"], _ = _bind_optimizer(rest, f"{path}.rest", schedule, steps)
     return bind_named(OPTIMIZERS, arguments, path), rates
 

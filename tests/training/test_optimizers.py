@@ -110,6 +110,50 @@ def test_the_pull_of_a_penalty_is_that_of_its_coefficient_and_not_of_the_gradien
     np.testing.assert_allclose(moved, [-0.1 * 2 * c * 1.1 * 0.21 for c in (0.1, 0.2)], rtol=1e-4)
 
 
+def with_soap(rest, **options):
+    return make_optimizer(
+        optimizer={"name": "soap", "learning_rate": 0.01, "rest": rest, **options},
+        schedule={"name": "linear", "warmup_steps": 10},
+        regularizer={"name": "ortho", "coefficient": 0.5},
+        steps=100,
+    )
+
+
+def test_soap_and_its_rest_follow_one_schedule_and_the_regularizer_the_kernels_rate():
+    tx, schedule = with_soap({"name": "sgd", "learning_rate": 0.2, "momentum": 0.5})
+    params = {"kernel": 2 * jnp.eye(3), "bias": jnp.ones(3)}
+    gradient = {"kernel": jnp.eye(3), "bias": jnp.ones(3)}
+    state, rate, velocity = tx.init(params), 0.0, 0.0
+    for step in range(3):
+        updates, state = tx.update(gradient, state, params)
+        rate, velocity = float(schedule(step)), 1 + 0.5 * velocity
+        np.testing.assert_allclose(updates["bias"], -20 * rate * velocity, rtol=1e-5)
+        # A gradient that stays gives Adam's direction of 1, the penalty 2 λ W (WᵀW − I).
+        expected = -rate * (1 + 2 * 0.5 * 2 * 3) * np.eye(3)
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        ({"name": "sgd"}, "missing from the config: `optimizer.rest.learning_rate`"),
+        ({"name": "sdg", "learning_rate": 0.1}, "`optimizer.rest.name` is 'sdg'.*sgd"),
+        (
+            {"name": "sgd", "learning_rate": 0.1, "momentun": 0.9},
+            "unknown key `optimizer.rest.momentun`.*optimizer.rest.momentum",
+        ),
+        (
+            {"name": "sgd", "learning_rate": 0.1, "momentum": 1.5},
+            "`optimizer.rest.momentum` is 1.5",
+        ),
+        ("sgd", "`optimizer.rest` is 'sgd'; it must be a section"),
+    ],
+)
+def test_what_is_wrong_with_the_rest_is_named(rest, message):
+    with pytest.raises(ConfigError, match=message):
+        with_soap(rest)
+
+
 def test_without_clipping_the_state_is_what_it_was():
     tx, _ = sgd()
     clipped, _ = sgd(clip_grad_norm=1.0)
