@@ -27,6 +27,7 @@ from orthojax.training.optimizers import OPTIMIZERS, REGULARIZERS, SCHEDULES
 _NAMED = {
     "model": MODELS,
     "optimizer": OPTIMIZERS,
+    "optimizer.rest": OPTIMIZERS,
     "schedule": SCHEDULES,
     "regularizer": REGULARIZERS,
 }
@@ -90,7 +91,7 @@ def apply(config: ConfigDict, overrides: Sequence[Override]) -> list[str]:
     with config.unlocked(), config.ignore_type():
         # Whole sections first, then names: they say which other keys there are.
         for override in sorted(chosen.values(), key=_rank):
-            if override.key.endswith(".name") and override.key.count(".") == 1:
+            if override.key.endswith(".name"):
                 notes += _rename(config, override, chosen)
             else:
                 _set(config, override)
@@ -115,24 +116,26 @@ def key_meant(word: str) -> str | None:
     return None
 
 
-def _rank(override: Override) -> int:
-    if override.key in (*_NAMED, *_PLAIN):
-        return 0
-    return 1 if override.key.endswith(".name") else 2
+def _rank(override: Override) -> tuple[int, int]:
+    depth = override.key.count(".")
+    if not depth and override.key in (*_NAMED, *_PLAIN):
+        return 0, depth
+    return (1 if override.key.endswith(".name") else 2), depth
 
 
 def _refuse_both(chosen: dict[str, Override]) -> None:
     for key, override in chosen.items():
-        section = chosen.get(key.partition(".")[0])
+        section = chosen.get(key.rpartition(".")[0]) or chosen.get(key.partition(".")[0])
         if section is not None and section is not override:
             raise ConfigError(f"{override.words}: {section.words} sets the whole section; give one")
 
 
 def _rename(config: ConfigDict, override: Override, chosen: dict[str, Override]) -> list[str]:
-    section = override.key.partition(".")[0]
-    before = (config.get(section) or {}).get("name")
+    section = override.key.rpartition(".")[0]
+    before = (_section(config, section) or {}).get("name")
     _set(config, override)
-    name = config[section].name
+    values = _section(config, section)
+    name = values.name
     if name == before or before is None:
         return []
     if section == "dataset":
@@ -144,10 +147,10 @@ def _rename(config: ConfigDict, override: Override, chosen: dict[str, Override])
     known = _known(found, section)
     if section == "model" and not {name, before} <= MODELS.keys():
         known = {}
-    old = {k: v for k, v in config[section].items() if f"{section}.{k}" not in chosen}
+    old = {k: v for k, v in values.items() if f"{section}.{k}" not in chosen}
     dropped = [key for key in old if key not in {"name", *known}]
     for key in dropped:
-        del config[section][key]
+        del values[key]
     kept = [key for key in old if key in known and old[key] is not None]
     told = [
         f"{verb} {', '.join(f'{key}={old[key]}' for key in keys)}"
@@ -179,9 +182,17 @@ def _set(config: ConfigDict, override: Override) -> None:
     if not section:
         config[key] = ConfigDict(value) if isinstance(value, dict) else value
         return
-    if config.get(section) is None:  # a section that the file leaves out, or sets to None
-        config[section] = ConfigDict()
-    config[section][key] = value
+    for name in section.split("."):
+        if config.get(name) is None:  # a section that the file leaves out, or sets to None
+            config[name] = ConfigDict()
+        config = config[name]
+    config[key] = value
+
+
+def _section(config: ConfigDict, section: str) -> ConfigDict | None:
+    for name in section.split("."):
+        config = (config or {}).get(name)
+    return config
 
 
 def _readers(config: ConfigDict, section: str, override: Override) -> list[Callable]:
@@ -192,9 +203,12 @@ def _readers(config: ConfigDict, section: str, override: Override) -> list[Calla
         raise ConfigError(
             f"unknown section `{section}`{suggestion(section, [*_NAMED, *filter(None, _PLAIN)])}"
         )
+    parent, _, key = section.rpartition(".")
+    if parent and key not in (known := _known(_readers(config, parent, override), parent)):
+        raise ConfigError(f"unknown key `{section}`{suggestion(key, known, f'{parent}.')}")
     registry = _NAMED[section]
     given = override.key == f"{section}.name"
-    name = override.value if given else (config.get(section) or {}).get("name")
+    name = override.value if given else (_section(config, section) or {}).get("name")
     if section == "model":
         return [net_named(name)]
     if name not in registry:

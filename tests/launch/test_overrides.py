@@ -172,3 +172,20 @@ def test_a_config_file_is_held_to_the_same_kinds():
         config.optimizer.momentum = "0.9"
     with pytest.raises(ConfigError, match="`optimizer.momentum` is '0.9'; it must be a finite"):
         build(config, records=False)
+
+
+def test_an_optimizer_within_the_optimizer():
+    words = ("optimizer.rest.learning_rate=0.1", "optimizer.rest.name=sgd", "optimizer.name=soap")
+    config, notes = overridden(*words)
+    rest = {"name": "sgd", "learning_rate": 0.1}
+    assert config.optimizer.to_dict() == {"name": "soap", "learning_rate": 0.005, "rest": rest}
+    assert notes == ["optimizer.name=soap keeps learning_rate=0.005; drops momentum=0.9"]
+    whole, _ = overridden("optimizer.name=soap", f"optimizer.rest={rest}")
+    assert whole.optimizer == config.optimizer
+    build(config)
+    for word, message in (
+        ("optimizer.rest.name=sgd", "unknown key `optimizer.rest`"),  # SGD has no rest
+        ("optimizer.rest.learning_rate=0.1", "unknown key `optimizer.rest`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            overridden(word)
