@@ -125,7 +125,8 @@ def _rank(override: Override) -> tuple[int, int]:
 
 def _refuse_both(chosen: dict[str, Override]) -> None:
     for key, override in chosen.items():
-        section = chosen.get(key.rpartition(".")[0]) or chosen.get(key.partition(".")[0])
+        nearest = key.rpartition(".")[0] or key
+        section = chosen.get(nearest) or chosen.get(key.partition(".")[0])
         if section is not None and section is not override:
             raise ConfigError(f"{override.words}: {section.words} sets the whole section; give one")
 

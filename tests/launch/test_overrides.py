@@ -181,7 +181,7 @@ def test_an_optimizer_within_the_optimizer():
     assert config.optimizer.to_dict() == {"name": "soap", "learning_rate": 0.005, "rest": rest}
     assert notes == ["optimizer.name=soap keeps learning_rate=0.005; drops momentum=0.9"]
     whole, _ = overridden("optimizer.name=soap", f"optimizer.rest={rest}")
-    assert whole.optimizer == config.optimizer
+    assert whole.optimizer.to_dict() == config.optimizer.to_dict()
     build(config)
     for word, message in (
         ("optimizer.rest.name=sgd", "unknown key `optimizer.rest`"),  # SGD has no rest
