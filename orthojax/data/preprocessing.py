@@ -1,7 +1,6 @@
 """From any picture to what a net was trained on; kept beside a run, so no data set is needed."""
 
 import dataclasses
-import io
 import os
 import pathlib
 from collections.abc import Mapping
@@ -66,11 +65,13 @@ class Preprocessing:
         """
         try:
             encoded = pathlib.Path(path).read_bytes()
-        except OSError as error:
-            raise DatasetError(f"{path}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # the second is of a name that holds a zero
+            raise DatasetError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+        from orthojax.data import jpeg  # here, because importing OpenCV takes a while
+
         try:
             return self._photograph(encoded) if self.resize else self._picture(encoded)
-        except (OSError, ValueError, SyntaxError) as error:
+        except jpeg.UndecodableError as error:
             raise DatasetError(f"{path} is no picture that can be read: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
@@ -98,19 +99,19 @@ class Preprocessing:
         return cls(shape, names, **arrays, resize=values["resize"])
 
     def _picture(self, encoded: bytes) -> np.ndarray:
+        from orthojax.data import jpeg
+
         height, width, channels = self.image_shape
-        with PIL.Image.open(io.BytesIO(encoded)) as image:
-            converted = image.convert("L" if channels == 1 else "RGB")
-        scaled = converted.resize((width, height), PIL.Image.Resampling.BOX)
+        pixels = jpeg.decode(encoded, channels=channels)
+        image = PIL.Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+        scaled = image.resize((width, height), PIL.Image.Resampling.BOX)
         return np.asarray(scaled).reshape(self.image_shape)
 
     def _photograph(self, encoded: bytes) -> np.ndarray:
-        try:
-            from orthojax.data import jpeg
-        except ImportError as error:
-            raise DatasetError(
-                f"reading photographs needs {error.name}: pip install -e '.[imagenet]'"
-            ) from error
+        from orthojax.data import jpeg
+
+        if jpeg.cv2 is None:
+            raise DatasetError("reading photographs needs OpenCV: pip install -e '.[imagenet]'")
         out = np.empty(self.image_shape, np.uint8)
         margin = (self.resize - self.image_shape[0]) // 2
         jpeg.crop_into(out, encoded, self.resize, margin, margin)
