@@ -66,6 +66,8 @@ def decode(
             return image
         with PIL.Image.open(io.BytesIO(encoded)) as opened:
             return _pixels(opened, channels)
+    except PIL.UnidentifiedImageError:
+        raise UndecodableError("it is of no kind of image that is known") from None
     except Exception as error:  # Pillow's readers of so many formats raise what they like
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 

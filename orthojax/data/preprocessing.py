@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,8 @@ from orthojax.data import augmentation
 from orthojax.errors import DatasetError
 
 FILE = "preprocessing.json"  # in a working directory
+
+LARGEST_SHOWN = 10  # class names in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,52 @@ class Preprocessing:
         except jpeg.UndecodableError as error:
             raise DatasetError(f"{path} is no picture that can be read: {error}") from error
 
+    def labels_of(self, class_names: Sequence[str]) -> np.ndarray:
+        """For each class of a data set the label that the net has for it: by name, not by number.
+
+        Args:
+          class_names: of the data set, which may lack some of the net's.
+
+        Returns:
+          int64 (len(class_names),).
+
+        Raises:
+          DatasetError: a class is none of the net's.
+
+        Example:
+          >>> Preprocessing((1, 1, 1), ("cat", "dog", "emu")).labels_of(("emu", "cat"))
+          array([2, 0])
+        """
+        known = {name: label for label, name in enumerate(self.class_names)}
+        unknown = [name for name in class_names if name not in known]
+        if unknown:
+            raise DatasetError(
+                f"the data set has the class {unknown[0]!r}, which the net does not have: it knows "
+                f"{_shown(self.class_names)}, and the data set {_shown(class_names)}; give the "
+                "classes the names that the net was trained with"
+            )
+        return np.array([known[name] for name in class_names], np.int64)
+
+    def differences(self, other: "Preprocessing") -> list[str]:
+        """In what another data set differs from the one that this belongs to, a line for each.
+
+        Statistics of pixels may differ by half a gray level.
+        """
+        lines = [
+            f"{name}: {_shown(ours)} -> {_shown(theirs)}"
+            for name in ("class_names", "image_shape", "resize")
+            if (ours := getattr(self, name)) != (theirs := getattr(other, name))
+        ]
+        for name in ("mean", "std"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if (ours is None) != (theirs is None):
+                lines.append(f"{name}: of the pixels -> of ImageNet's colors, or the reverse")
+            elif ours is not None and ours.shape == theirs.shape:
+                apart = float(np.abs(ours - theirs).max() * 255)
+                if not apart <= 0.5:
+                    lines.append(f"{name}: up to {apart:.3g} gray levels apart")
+        return lines
+
     def to_json(self) -> dict[str, Any]:
         """As values of JSON's types, exact to the last bit."""
         values = dataclasses.asdict(self)
@@ -116,6 +164,12 @@ class Preprocessing:
         margin = (self.resize - self.image_shape[0]) // 2
         jpeg.crop_into(out, encoded, self.resize, margin, margin)
         return out
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Sequence) and len(value) > LARGEST_SHOWN:
+        return f"{', '.join(map(repr, value[:LARGEST_SHOWN]))}, … ({len(value)} in all)"
+    return ", ".join(map(repr, value)) if isinstance(value, Sequence) else repr(value)
 
 
 def named(class_names: tuple[str, ...], num_classes: int) -> tuple[str, ...]:

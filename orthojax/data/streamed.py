@@ -14,7 +14,7 @@ from orthojax.data.dataset import BLACK_IMAGES, black_split
 from orthojax.data.pipeline import Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.data.protocols import Batch, TrainBatches
-from orthojax.data.records import Records
+from orthojax.data.records import Records, check_images
 from orthojax.errors import DatasetError
 from orthojax.parallel.cores import usable_cores
 
@@ -150,7 +150,7 @@ def load(
 
     Raises:
       DatasetError: the name or a split is unknown, the set is not prepared, a number is
-        impossible, or a package is missing.
+        impossible, a package is missing, or not one of the first images can be decoded.
 
     Example:
       >>> load("imagenet2012", records=False).image_shape
@@ -164,6 +164,8 @@ def load(
         return BlackDataset(name, nothing, nothing, found.num_classes, flip=flip, **numbers)
     check_packages(name)
     train, test = (source.records(found, split) for split in (train_split, test_split))
+    check_images(train)
+    check_images(test)
     return StreamedDataset(
         name, train, test, found.num_classes, flip=flip, class_names=found.class_names, **numbers
     )
