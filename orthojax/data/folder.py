@@ -5,9 +5,10 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from orthojax import checks
 from orthojax.console import tell
 from orthojax.data.records import check_images
-from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_numbers
+from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_arguments
 from orthojax.errors import DatasetError
 
 TRAIN, TESTS = "train", ("test", "validation", "val")
@@ -97,17 +98,18 @@ def load(
       DatasetError: a folder is missing, cannot be read or holds no picture, a link leads nowhere or
         back to where it lies, a class of the test images is none of the training images, there are
         fewer than two, or not one of the first pictures can be decoded.
+      ConfigError: an argument is of another kind or out of range.
     """
     check_packages(name)
     root = _root(data_dir)
     train = files(root, train_split)
     test = files(root, _test_split(root, test_split), train.class_names)
-    numbers = checked_numbers(resize, crop, color_std, workers, threads)
+    arguments = checked_arguments(resize, crop, flip, color_std, workers, threads)
     names = train.class_names
     made = StreamedDataset if records else BlackDataset
     for pictures in (train, test) if records else ():
         check_images(pictures)
-    return made(name, train, test, len(names), flip=flip, class_names=names, **numbers)
+    return made(name, train, test, len(names), class_names=names, **arguments)
 
 
 def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = None) -> Files:
@@ -121,8 +123,8 @@ def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = 
     Raises:
       DatasetError: see `load`.
     """
-    if not isinstance(split, str) or split in ("", "."):
-        raise DatasetError(f"split {split!r} of a folder is no name of a folder, such as {TRAIN!r}")
+    if not isinstance(split, str) or split in ("", ".") or "\0" in split:
+        raise checks.refuse("split", split, f"the name of a folder, such as {TRAIN!r}")
     directory = root / split
     if not directory.is_dir():
         raise DatasetError(
@@ -161,7 +163,9 @@ def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = 
 
 
 def _root(data_dir: str | None) -> pathlib.Path:
-    if data_dir is None:
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise checks.refuse("data_dir", data_dir, "the path of a directory")
+    if not data_dir:
         raise DatasetError(
             "say where the pictures are: dataset.data_dir=DIR, with DIR/train/CLASS/*.jpg"
         )

@@ -13,6 +13,8 @@ import math
 import numpy as np
 import PIL.Image
 
+from orthojax import checks
+
 try:  # of the extra `imagenet`; nets of small images need neither
     import cv2
     import simplejpeg
@@ -51,7 +53,7 @@ def decode(
       UndecodableError: the content is cut short, is no image, is one of more pixels than Pillow
         allows (`2 * PIL.Image.MAX_IMAGE_PIXELS`), or one of numbers whose range is not known
         (32-bit integers, floats).
-      ValueError: `channels` is another number.
+      ConfigError: an argument is of another kind or out of range.
 
     Example:
       >>> red = np.full((60, 80, 3), (255, 0, 0), np.uint8)
@@ -59,7 +61,11 @@ def decode(
       (60, 80, 3)
     """
     if channels not in _MODES:
-        raise ValueError(f"channels={channels!r} is none of 1, 3 and 4")
+        raise checks.refuse("channels", channels, "1, 3 or 4")
+    if at_least is not None:
+        at_least = checks.integer("at_least", at_least, 1)
+    if not isinstance(encoded, bytes | bytearray | memoryview):
+        raise checks.refuse("encoded", encoded, "the content of a file, as bytes")
     try:
         image = _decode_jpeg(encoded, at_least, channels)
         if image is not None:
@@ -92,6 +98,9 @@ def resize(image: np.ndarray, size: int, out: np.ndarray | None = None) -> np.nd
       >>> resize(np.full((30, 40, 3), 7, np.uint8), 10).mean().item()
       7.0
     """
+    size = checks.integer("size", size, 1)
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or not image.size:
+        raise checks.refuse("image", image, "uint8 (H, W, C)")
     height, width = image.shape[:2]
     if max(height, width) > size:
         horizontal, vertical = smoothing_kernel(width / size), smoothing_kernel(height / size)

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import PIL.Image
 
+from orthojax import checks
 from orthojax.data import augmentation
 from orthojax.errors import DatasetError
 
@@ -29,6 +30,10 @@ class Preprocessing:
       std: likewise.
       resize: photographs are scaled to a square of this side, and the center is cut from it; 0
         scales a picture to `image_shape` at once.
+
+    Raises:
+      ConfigError: an attribute is of another kind, a name stands for two classes, or the shapes do
+        not belong together.
     """
 
     image_shape: tuple[int, int, int]
@@ -36,6 +41,22 @@ class Preprocessing:
     mean: np.ndarray | None = None
     std: np.ndarray | None = None
     resize: int = 0
+
+    def __post_init__(self):
+        shape, names = self.image_shape, self.class_names
+        sizes = checks.integers("image_shape", shape, 1, "sizes (H, W, C)", lengths=(3,))
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
+            raise checks.refuse("class_names", names, "one name for each class")
+        if len(set(names)) < len(names):
+            raise checks.refuse("class_names", names, "another name for each class")
+        resize = checks.integer("resize", self.resize, 0)
+        if resize and resize < max(sizes[:2]):
+            raise checks.refuse("resize", resize, f"0, or at least the sides of {sizes}")
+        statistics = self.mean, self.std
+        if any(array is None for array in statistics) and self.mean is not self.std:
+            raise checks.refuse("mean", self.mean, "None where `std` is, and only there")
+        if self.mean is not None:
+            augmentation.check_statistics(sizes, mean=self.mean, std=self.std)
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """What evaluation sees.
@@ -45,7 +66,12 @@ class Preprocessing:
 
         Returns:
           float32 (N, H, W, C).
+
+        Raises:
+          ConfigError: they are of another dtype or shape.
         """
+        if getattr(images, "dtype", None) != np.uint8 or images.shape[1:] != self.image_shape:
+            raise checks.refuse("images", images, f"uint8 (N, *{self.image_shape})")
         if self.mean is None:
             return augmentation.standardize_rgb(images)
         return augmentation.normalize(images, mean=self.mean, std=self.std)
@@ -64,7 +90,10 @@ class Preprocessing:
 
         Raises:
           DatasetError: there is no such file, or it is no picture.
+          ConfigError: `path` is none.
         """
+        if not isinstance(path, str | os.PathLike):
+            raise checks.refuse("path", path, "the path of a picture")
         try:
             encoded = pathlib.Path(path).read_bytes()
         except (OSError, ValueError) as error:  # the second is of a name that holds a zero
@@ -87,11 +116,14 @@ class Preprocessing:
 
         Raises:
           DatasetError: a class is none of the net's.
+          ConfigError: `class_names` is one string.
 
         Example:
           >>> Preprocessing((1, 1, 1), ("cat", "dog", "emu")).labels_of(("emu", "cat"))
           array([2, 0])
         """
+        if isinstance(class_names, str):
+            raise checks.refuse("class_names", class_names, "a sequence of names")
         known = {name: label for label, name in enumerate(self.class_names)}
         unknown = [name for name in class_names if name not in known]
         if unknown:

@@ -213,12 +213,12 @@ class StreamedTrainIterator(sampler.Resumable):
         workers: int,
         threads: int,
     ):
-        sampler.check_batch_size(batch_size, len(records))
+        self._rows = sampler.check_batch(batch_size, rows, len(records))
         super().__init__(seed, len(records))
+        sampler.images(seed, len(records), 0, 1)  # a negative seed is an error here
         self._place = functools.partial(train_place, seed, len(records), geometry)
         self._decode = Decode(records, geometry, replace=True)
         self._batch_size = batch_size
-        self._rows = np.arange(batch_size) if rows is None else rows
         self._processes = {"workers": workers, "threads": threads}
         self._batches: Any = None
         self._undecodable = Undecodable(records, "replaced by the next")
@@ -266,8 +266,7 @@ def streamed_test_batches(
     Raises:
       DatasetError: at the end, not one image of this host's could be decoded.
     """
-    sampler.check_batch_size(batch_size)
-    wanted = np.arange(batch_size) if rows is None else rows
+    wanted = sampler.check_batch(batch_size, rows)
     place = functools.partial(evaluation_place, len(records), geometry)
     count = -(-len(records) // batch_size)
     own = Rows(place, batch_size, wanted, batches=count)

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import tqdm
 
+from orthojax import checks
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
 _PROGRESS_SECONDS = 1.0  # what is over sooner says nothing
 # TFDS takes the path of a set for a pattern, and array_record one with a line break for none.
-_UNREADABLE = re.compile(r"[\[*?\n\r\ud800-\udfff]")
+_UNREADABLE = re.compile(r"[\[*?\0\n\r\ud800-\udfff]")
 # `kaggle:name` and the like: sets whose code TFDS fetches. After a name's colon is a version.
 _FOREIGN = re.compile(r"[\w\-]+:[^\d*]")
 
@@ -123,11 +124,10 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
 
     from orthojax.data import bundled  # noqa: F401  (defining classes registers them with TFDS)
 
-    if not isinstance(name, str) or not isinstance(data_dir, str | os.PathLike | None):
-        raise DatasetError(
-            f"name={name!r} and data_dir={data_dir!r}: the first is a string, such as 'cifar10', "
-            "and the second the path of a directory, or None"
-        )
+    if not isinstance(name, str):
+        raise checks.refuse("name", name, "the name of a data set, such as 'cifar10'")
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise checks.refuse("data_dir", data_dir, "the path of a directory, or None")
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "") or None
     if _FOREIGN.match(name):
         raise DatasetError(
@@ -362,9 +362,14 @@ def _decode_image(source: Source, split: str, row: int, encoded: bytes) -> np.nd
     return image
 
 
+def check_split_name(argument: str, split: Any) -> None:
+    """Raises `ConfigError` for what is no name of a split, or of a slice of one."""
+    if not isinstance(split, str) or not split:
+        raise checks.refuse(argument, split, "the name of a split, such as 'train'")
+
+
 def _checked_split(source: Source, split: str) -> Any:
-    if not isinstance(split, str):
-        raise DatasetError(f"split {split!r} is no name of a TFDS split, such as 'train[:90%]'")
+    check_split_name("split", split)
     try:
         found = source.builder.info.splits[split]
         size = found.num_examples

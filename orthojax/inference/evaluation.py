@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from orthojax import checks
 from orthojax.analysis.picture import new_picture
 from orthojax.data.protocols import Batch
 from orthojax.errors import DatasetError
@@ -89,9 +90,12 @@ def evaluate(
         name, and it may lack some of the net's classes. None takes them to be the net's.
 
     Raises:
+      ConfigError: `classifier` is none.
       DatasetError: a class is none of the net's, a label is none of the classes', an image is not
         of the net's shape, a batch has no mask, or there is no image.
     """
+    if not isinstance(classifier, Classifier):
+        raise checks.refuse("classifier", classifier, "what `orthojax.load` returns")
     given = classifier.class_names if class_names is None else tuple(class_names)
     labels_here = classifier.preprocessing.labels_of(given)
     classes = len(classifier.class_names)
