@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthojax import checks
+
 # Of ImageNet's training images, on the scale 0 to 255, in RGB; the scale is 1/255 over about the
 # standard deviation (0.229). Both as the Caffe models of the time have them, whose numbers these
 # are, and the paper.
@@ -32,6 +34,9 @@ def normalize(images: jax.Array, *, mean: jax.Array, std: jax.Array) -> jax.Arra
     Returns:
       float32 (B, H, W, C), `(images / 255 - mean) / std`.
 
+    Raises:
+      ConfigError: an argument is of another dtype or shape, not finite, or `std` not above 0.
+
     Example:
       >>> import numpy as np
       >>> normalize(
@@ -39,6 +44,8 @@ def normalize(images: jax.Array, *, mean: jax.Array, std: jax.Array) -> jax.Arra
       ... )
       Array([[[[2.]]]], dtype=float32)
     """
+    check_images("images", images)
+    check_statistics(np.shape(images)[1:], mean=mean, std=std)
     scaled = jnp.asarray(images).astype(jnp.float32) / 255
     return (scaled - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
@@ -59,12 +66,18 @@ def augment(
     Returns:
       float32 (B, H, W, C).
 
+    Raises:
+      ConfigError: see `normalize`; or `flip` is not True or False.
+
     Example:
       >>> import jax, numpy as np
       >>> images = np.zeros((4, 8, 8, 1), np.uint8)
       >>> augment(images, jax.random.key(0), mean=0.0, std=1.0, flip=True).shape
       (4, 8, 8, 1)
     """
+    checks.flag("flip", flip)
+    check_images("images", images)
+    _check_key(key)
     if flip:
         images = mirror(images, key)
     return normalize(images, mean=mean, std=std)
@@ -85,6 +98,9 @@ def mirror(images: jax.Array, key: jax.Array) -> jax.Array:
       >>> mirror(images, jax.random.key(0)).ravel().tolist()
       [0, 1, 2, 3, 5, 4, 7, 6]
     """
+    if np.ndim(images) != 4:
+        raise checks.refuse("images", images, "an array (B, H, W, C)")
+    _check_key(key)
     mirrored = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
     return jnp.where(mirrored, jnp.flip(images, axis=2), images)
 
@@ -102,6 +118,8 @@ def standardize_rgb(images: jax.Array) -> jax.Array:
       >>> [f"{value:.2f}" for value in standardize_rgb(MEAN_RGB + 100).ravel()]
       ['1.70', '1.70', '1.70']
     """
+    if np.shape(images)[-1:] != (3,):
+        raise checks.refuse("images", images, "an array (B, H, W, 3)")
     images = jnp.asarray(images).astype(jnp.float32)
     mean = np.expand_dims(MEAN_RGB, tuple(range(images.ndim - 1)))
     return (images - mean) * np.float32(SCALE)
@@ -124,6 +142,8 @@ def color_shift(coefficients: jax.Array) -> jax.Array:
       >>> [f"{value:.1f}" for value in shift.ravel()]  # brighter
       ['3.1', '3.2', '3.2']
     """
+    if np.ndim(coefficients) != 2 or np.shape(coefficients)[1] != 3:
+        raise checks.refuse("coefficients", coefficients, "an array (B, 3)")
     scaled = coefficients * (255 * EIGENVALUES)
     # Three products and no matrix product, which on TPUs would be one of bfloat16.
     shift = jnp.sum(scaled[:, None, :] * EIGENVECTORS, axis=-1)
@@ -145,11 +165,19 @@ def augment_photographs(
     Returns:
       float32 (B, H, W, 3).
 
+    Raises:
+      ConfigError: `images` are of another dtype or shape, `flip` is not True or False, or
+        `color_std` is no number of at least 0.
+
     Example:
       >>> images = np.zeros((2, 4, 4, 3), np.uint8)
       >>> augment_photographs(images, jax.random.key(0), flip=True, color_std=0.1).shape
       (2, 4, 4, 3)
     """
+    check_images("images", images, 3)
+    checks.flag("flip", flip)
+    checks.number("color_std", color_std, "[0, inf)")
+    _check_key(key)
     flip_key, color_key = jax.random.split(key)
     if flip:
         images = mirror(images, flip_key)
@@ -158,3 +186,33 @@ def augment_photographs(
         draws = jax.random.normal(color_key, (len(images), 3), jnp.float32)
         pixels = pixels + color_shift(np.float32(color_std) * draws)
     return standardize_rgb(pixels)
+
+
+def check_images(name: str, images: object, channels: int | None = None) -> None:
+    """Raises `ConfigError` for what is not uint8 (N, H, W, C); `images` may be traced."""
+    dtype, shape = getattr(images, "dtype", None), np.shape(images) if images is not None else ()
+    if dtype != np.uint8 or len(shape) != 4 or channels not in (None, shape[-1]):
+        raise checks.refuse(name, images, f"uint8 (N, H, W, {channels or 'C'})")
+
+
+def _check_key(key: object) -> None:
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not typed and getattr(key, "dtype", None) != np.uint32:
+        raise checks.refuse("key", key, "a JAX random key, such as jax.random.key(0)")
+
+
+def check_statistics(shape: tuple[int, ...], **statistics: object) -> None:
+    """Raises `ConfigError` for a `mean` or `std` that cannot normalize images of a shape."""
+    for name, value in statistics.items():
+        expected = "finite numbers, above 0 if deviations, that broadcast to one image"
+        if isinstance(value, jax.core.Tracer):
+            continue
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            raise checks.refuse(name, value, expected)
+        try:
+            fits = np.broadcast_shapes(array.shape, shape) == shape
+        except ValueError:
+            fits = False
+        if not fits or (name == "std" and not (array > 0).all()):
+            raise checks.refuse(name, value, expected)

@@ -5,8 +5,6 @@ import os
 import pathlib
 import urllib.parse
 import uuid
-import zipfile
-import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +14,8 @@ from orthojax.console import tell
 
 Arrays = dict[str, np.ndarray]
 
-_UNREADABLE = (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error)
+# Of the reader that decodes, and of these files: of another version they are made anew.
+_VERSION = "2"
 
 
 def default_directory() -> pathlib.Path | None:
@@ -44,7 +43,7 @@ def entry(
 
 def fingerprint(directory: str) -> str:
     """Hash of a prepared set: its metadata, and every file's name, size and time of change."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_VERSION.encode())
     for path in sorted(pathlib.Path(directory).iterdir()):
         stat = path.stat()
         digest.update(f"{path.name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
@@ -62,14 +61,17 @@ def read_or_build(path: pathlib.Path | None, key: str, build: Callable[[], Array
     if path is None:
         return build()
     try:
-        with np.load(path, allow_pickle=False) as file:  # zip members carry a CRC, which is checked
+        with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        if arrays.pop("key").item() == key:
+        found = arrays.pop("key").item()
+        if found == _key(key, arrays):
             return arrays
+        if found.startswith(f"{key} "):
+            raise ValueError("its arrays are not those that were written")
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except _UNREADABLE as error:
-        tell(f"{path} is damaged ({error}); making it anew")
+    except Exception as error:  # zipfile and NumPy raise what they like
+        tell(f"{path} is damaged ({type(error).__name__}: {error}); making it anew")
     arrays = build()
     try:
         _write(path, key, arrays)
@@ -83,8 +85,16 @@ def _write(path: pathlib.Path, key: str, arrays: Arrays) -> None:
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("xb") as file:
-            np.savez(file, key=np.array(key), **arrays)
+            np.savez(file, key=np.array(_key(key, arrays)), **arrays)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _key(key: str, arrays: Arrays) -> str:
+    """What a file is for and what is in it: zip's checksums cover what is read, but no names.
+
+    A damaged shape that is too small has less read than there is, and no checksum looked at.
+    """
+    return " ".join([key, *(f"{n}:{a.dtype.str}{a.shape}" for n, a in sorted(arrays.items()))])

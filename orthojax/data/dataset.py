@@ -1,13 +1,15 @@
 """A prepared data set decoded into memory, with the statistics that normalize it."""
 
 import dataclasses
+import os
 from collections.abc import Iterator
 
 import jax
 import numpy as np
 
+from orthojax import checks
 from orthojax.data import cache, source
-from orthojax.data.augmentation import augment, normalize
+from orthojax.data.augmentation import augment, check_images, normalize
 from orthojax.data.pipeline import Batch, Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.errors import DatasetError
@@ -112,6 +114,7 @@ def load(
     Raises:
       DatasetError: the name or a split is unknown, the set is not prepared, or its images are not
         uint8, of one size, and divisible by `downsample`.
+      ConfigError: an argument is of another kind.
 
     Example:
       >>> import tempfile
@@ -120,6 +123,13 @@ def load(
       >>> digits.train.images.shape, len(digits.test), digits.num_classes
       ((1437, 8, 8, 1), 360, 10)
     """
+    checks.flag("flip", flip)
+    checks.flag("records", records)
+    checks.integer("downsample", downsample, 0)  # which divisors there are is said below
+    for split_name, split in (("train_split", train_split), ("test_split", test_split)):
+        source.check_split_name(split_name, split)
+    if not isinstance(cache_dir, str | os.PathLike | None):
+        raise checks.refuse("cache_dir", cache_dir, "the path of a directory, or None")
     found = source.find(name, data_dir, prepared=records)
     _check_shape(found, downsample)
     if not records:
@@ -166,10 +176,17 @@ def average_pool(images: np.ndarray, size: int) -> np.ndarray:
     Returns:
       uint8 (N, H / size, W / size, C).
 
+    Raises:
+      ConfigError: an argument is of another kind, or does not divide.
+
     Example:
       >>> average_pool(np.array([[1, 2], [3, 4]], np.uint8).reshape(1, 2, 2, 1), 2).item()
       2
     """
+    check_images("images", images)
+    size = checks.integer("size", size, 1)
+    if images.shape[1] % size or images.shape[2] % size:
+        raise checks.refuse("size", size, f"a divisor of both sides of {images.shape}")
     total = np.zeros(images[:, ::size, ::size].shape, np.float32)  # exact up to size 256
     for row in range(size):
         for column in range(size):
@@ -188,7 +205,13 @@ def pixel_statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
       Mean and standard deviation (of the N images, not of a population they stand for), float32
       (H, W, C), of pixels on the scale 0 to 1; the second is at least `STD_FLOOR`.
+
+    Raises:
+      ConfigError: `images` are of another dtype or shape, or there is none.
     """
+    check_images("images", images)
+    if not len(images):
+        raise checks.refuse("images", images, "one image at least")
     total = np.zeros(images.shape[1:], np.int64)
     squares = np.zeros(images.shape[1:], np.int64)
     for start in range(0, len(images), _CHUNK):

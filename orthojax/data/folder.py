@@ -3,9 +3,13 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Iterator
 
+from orthojax import checks
 from orthojax.caches import expand
-from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_numbers
+from orthojax.console import tell
+from orthojax.data.records import check_images
+from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_arguments
 from orthojax.errors import DatasetError
 
 TRAIN, TESTS = "train", ("test", "validation", "val")
@@ -35,8 +39,17 @@ class Files:
         """Labels are 0 to `num_classes - 1`."""
         return len(self.class_names)
 
+    @property
+    def remedy(self) -> str:
+        """What to do where pictures are broken."""
+        return "put whole pictures in their place, or take them out and start another run"
+
     def __len__(self) -> int:
         return len(self.paths)
+
+    def describe(self, index: int) -> str:
+        """A picture, for messages."""
+        return f"{pathlib.Path(self.directory, self.paths[index])} of split {self.split!r}"
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         """The content of a file, and its label; `DatasetError` if it is gone."""
@@ -63,9 +76,10 @@ def load(
 ) -> StreamedDataset:
     """Opens `DIR/train/CLASS/*.jpg` and `DIR/test/CLASS/*.jpg`, to be read while a net trains.
 
-    The classes are the folders below `train`, in alphabetical order; pictures may lie deeper. A
-    file that cannot be decoded is replaced by the next in training and left out in evaluation, and
-    counted; what has no picture's suffix is not looked at.
+    The classes are the folders below `train`, in alphabetical order; pictures may lie deeper. Links
+    are followed. What is hidden (its name begins with a dot), at any depth, and what has no
+    picture's suffix is left out, and stderr says so. A file that cannot be decoded is replaced by
+    the next in training and left out in evaluation, and counted.
 
     Args:
       name: `folder`.
@@ -82,17 +96,21 @@ def load(
       records: False gives black images, for compiling; the folders are looked at for the classes.
 
     Raises:
-      DatasetError: a folder is missing or holds no picture, a class of the test images is none of
-        the training images, or there are fewer than two.
+      DatasetError: a folder is missing, cannot be read or holds no picture, a link leads nowhere or
+        back to where it lies, a class of the test images is none of the training images, there are
+        fewer than two, or not one of the first pictures can be decoded.
+      ConfigError: an argument is of another kind or out of range.
     """
     check_packages(name)
     root = _root(data_dir)
     train = files(root, train_split)
     test = files(root, _test_split(root, test_split), train.class_names)
-    numbers = checked_numbers(resize, crop, color_std, workers, threads)
+    arguments = checked_arguments(resize, crop, flip, color_std, workers, threads)
     names = train.class_names
     made = StreamedDataset if records else BlackDataset
-    return made(name, train, test, len(names), flip=flip, class_names=names, **numbers)
+    for pictures in (train, test) if records else ():
+        check_images(pictures)
+    return made(name, train, test, len(names), class_names=names, **arguments)
 
 
 def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = None) -> Files:
@@ -106,12 +124,21 @@ def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = 
     Raises:
       DatasetError: see `load`.
     """
+    if not isinstance(split, str) or split in ("", ".") or "\0" in split:
+        raise checks.refuse("split", split, f"the name of a folder, such as {TRAIN!r}")
     directory = root / split
     if not directory.is_dir():
         raise DatasetError(
             f"there is no folder {directory}; pictures are looked for as {directory}/CLASS/*.jpg"
         )
-    found = {entry.name: _pictures(entry) for entry in sorted(directory.iterdir()) if _seen(entry)}
+    left_out: list[str] = []
+    place = _identity(directory)
+    found = {
+        entry.name: sorted(map(pathlib.Path, _pictures(entry.path, {place}, left_out)))
+        for entry in _entries(directory, left_out)
+        if _is_folder(entry, left_out)
+    }
+    _tell(directory, left_out)
     names = tuple(found) if class_names is None else class_names
     if len(names) < 2:
         raise DatasetError(
@@ -137,7 +164,9 @@ def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = 
 
 
 def _root(data_dir: str | None) -> pathlib.Path:
-    if data_dir is None:
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise checks.refuse("data_dir", data_dir, "the path of a directory")
+    if not data_dir:
         raise DatasetError(
             "say where the pictures are: dataset.data_dir=DIR, with DIR/train/CLASS/*.jpg"
         )
@@ -156,13 +185,54 @@ def _test_split(root: pathlib.Path, split: str | None) -> str:
     )
 
 
-def _pictures(directory: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(
-        path
-        for path in directory.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
+def _pictures(folder: str, above: set[tuple[int, int]], left_out: list[str]) -> Iterator[str]:
+    """The pictures below a folder; `above` are those that it lies in."""
+    place = _identity(folder)
+    if place in above:
+        raise DatasetError(f"{folder} is a link back to a folder that it lies in; remove it")
+    for entry in _entries(folder, left_out):
+        if entry.is_dir():
+            yield from _pictures(entry.path, above | {place}, left_out)
+        elif pathlib.Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file():
+            yield entry.path
+        else:
+            left_out.append(entry.path)
 
 
-def _seen(entry: pathlib.Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
+def _entries(folder: str | os.PathLike, left_out: list[str]) -> list[os.DirEntry[str]]:
+    """What lies in a folder and is not hidden, sorted by name."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(f"{folder}: {error.strerror}; make it readable, or remove it") from error
+    left_out += [entry.path for entry in entries if entry.name.startswith(".")]
+    seen = [entry for entry in entries if not entry.name.startswith(".")]
+    for entry in seen:
+        if entry.is_symlink() and not os.path.exists(entry.path):
+            raise DatasetError(
+                f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there; bring "
+                "that back, or remove the link"
+            )
+    return seen
+
+
+def _is_folder(entry: os.DirEntry[str], left_out: list[str]) -> bool:
+    if not entry.is_dir():
+        left_out.append(entry.path)
+    return entry.is_dir()
+
+
+def _identity(folder: str | os.PathLike) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _tell(directory: pathlib.Path, left_out: list[str]) -> None:
+    if left_out:
+        names = [os.path.relpath(path, directory) for path in left_out]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        tell(
+            f"{directory}: left out, as hidden or no picture of a class: {', '.join(names[:3])}"
+            f"{more}"
+        )

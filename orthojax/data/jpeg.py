@@ -1,18 +1,25 @@
-"""Photographs: from encoded bytes to RGB, to a square, to a crop. What a worker process spends
-its time with; JAX is not involved.
+"""Pictures: from encoded bytes to pixels, to a square, to a crop. What a worker process spends its
+time with; JAX is not involved.
 
-JPEGs are decoded by libjpeg-turbo, through simplejpeg; what that refuses (CMYK, other formats,
-corrupt data) Pillow is tried on. OpenCV resizes.
+`decode` is the one reader, of training, evaluation and prediction. JPEGs are decoded by
+libjpeg-turbo, through simplejpeg; what that refuses (CMYK, other formats, corrupt data) Pillow is
+tried on, and everything where simplejpeg is not installed. OpenCV resizes.
 """
 
 import functools
 import io
 import math
 
-import cv2
 import numpy as np
 import PIL.Image
-import simplejpeg
+
+from orthojax import checks
+
+try:  # of the extra `imagenet`; nets of small images need neither
+    import cv2
+    import simplejpeg
+except ImportError:
+    cv2 = simplejpeg = None
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, by a smaller inverse DCT, as long as both
 # sides stay this many times as long as asked for: so near that, the result of resizing differs by
@@ -20,46 +27,53 @@ import simplejpeg
 REDUCTION_MARGIN = 2
 
 
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+
+
 class UndecodableError(ValueError):
-    """Bytes that no decoder makes a whole image of: cut short, or no image at all."""
+    """Bytes that no decoder makes a whole image of: cut short, too large, or no image at all."""
 
 
-def decode(encoded: bytes | memoryview, at_least: int | None = None) -> np.ndarray:
-    """Decodes an image of any kind to RGB, as it lies: an orientation in its metadata is ignored.
+def decode(
+    encoded: bytes | memoryview, at_least: int | None = None, channels: int = 3
+) -> np.ndarray:
+    """Decodes an image of any kind, as it lies: an orientation in its metadata is ignored.
 
     Args:
       encoded: the content of a file: JPEG (also gray or CMYK), PNG, or what else Pillow reads. Of
         16-bit images the upper eight bits are taken.
       at_least: if given, a large JPEG may come back reduced by 2, 4 or 8, with both sides at least
         `REDUCTION_MARGIN * at_least` long.
+      channels: 1 for gray levels, 3 for RGB, 4 for RGBA.
 
     Returns:
-      uint8 (H, W, 3), in RGB.
+      uint8 (H, W, channels).
 
     Raises:
-      UndecodableError: the content is cut short, is no image, or is one of numbers whose range is
-        not known (32-bit integers, floats).
+      UndecodableError: the content is cut short, is no image, is one of more pixels than Pillow
+        allows (`2 * PIL.Image.MAX_IMAGE_PIXELS`), or one of numbers whose range is not known
+        (32-bit integers, floats).
+      ConfigError: an argument is of another kind or out of range.
 
     Example:
       >>> red = np.full((60, 80, 3), (255, 0, 0), np.uint8)
       >>> decode(simplejpeg.encode_jpeg(red)).shape
       (60, 80, 3)
     """
+    if channels not in _MODES:
+        raise checks.refuse("channels", channels, "1, 3 or 4")
+    if at_least is not None:
+        at_least = checks.integer("at_least", at_least, 1)
+    if not isinstance(encoded, bytes | bytearray | memoryview):
+        raise checks.refuse("encoded", encoded, "the content of a file, as bytes")
     try:
-        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
-        if colorspace in ("Gray", "YCbCr", "RGB"):
-            factor = _reduction(min(height, width), at_least)
-            return simplejpeg.decode_jpeg(
-                encoded,
-                "RGB",
-                min_height=math.ceil(height / factor) if factor > 1 else 0,
-                min_width=math.ceil(width / factor) if factor > 1 else 0,
-            )
-    except ValueError:  # no JPEG, or one with something wrong, which Pillow may take lightly
-        pass
-    try:
-        with PIL.Image.open(io.BytesIO(encoded)) as image:
-            return _to_rgb(image)
+        image = _decode_jpeg(encoded, at_least, channels)
+        if image is not None:
+            return image
+        with PIL.Image.open(io.BytesIO(encoded)) as opened:
+            return _pixels(opened, channels)
+    except PIL.UnidentifiedImageError:
+        raise UndecodableError("it is of no kind of image that is known") from None
     except Exception as error:  # Pillow's readers of so many formats raise what they like
         raise UndecodableError(f"{type(error).__name__}: {error}") from error
 
@@ -84,6 +98,9 @@ def resize(image: np.ndarray, size: int, out: np.ndarray | None = None) -> np.nd
       >>> resize(np.full((30, 40, 3), 7, np.uint8), 10).mean().item()
       7.0
     """
+    size = checks.integer("size", size, 1)
+    if getattr(image, "dtype", None) != np.uint8 or image.ndim != 3 or not image.size:
+        raise checks.refuse("image", image, "uint8 (H, W, C)")
     height, width = image.shape[:2]
     if max(height, width) > size:
         horizontal, vertical = smoothing_kernel(width / size), smoothing_kernel(height / size)
@@ -163,14 +180,47 @@ def crop_into(out: np.ndarray, encoded: bytes | memoryview, size: int, left: int
     resize(image[window(height, size, top, crop), window(width, size, left, crop)], crop, out)
 
 
-def _to_rgb(image: PIL.Image.Image) -> np.ndarray:
+def _decode_jpeg(
+    encoded: bytes | memoryview, at_least: int | None, channels: int
+) -> np.ndarray | None:
+    """What simplejpeg makes of it; None where Pillow is to try."""
+    if simplejpeg is None or channels == 4:
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
+        if colorspace not in ("Gray", "YCbCr", "RGB"):
+            return None
+        factor = _reduction(min(height, width), at_least)
+        least = [math.ceil(side / factor) for side in (height, width)]
+        _check_size(*least)
+        return simplejpeg.decode_jpeg(
+            encoded,
+            "GRAY" if channels == 1 else "RGB",
+            min_height=least[0] if factor > 1 else 0,
+            min_width=least[1] if factor > 1 else 0,
+        )
+    except ValueError:  # no JPEG, or one with something wrong, which Pillow may take lightly
+        return None
+
+
+def _check_size(height: int, width: int) -> None:
+    """Pillow's limit, for JPEGs that it does not open."""
+    limit = PIL.Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > 2 * limit:
+        raise PIL.Image.DecompressionBombError(
+            f"{height * width} pixels are more than the {2 * limit} that are allowed"
+        )
+
+
+def _pixels(image: PIL.Image.Image, channels: int) -> np.ndarray:
     # Pillow's own conversion of gray levels of more than 8 bits clips at 255: all turns white.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        gray = (np.asarray(image) >> 8).astype(np.uint8)
-        return np.repeat(gray[..., None], 3, axis=-1)
+        if image.format == "TIFF" and (image.tag_v2.get(258), image.tag_v2.get(262)) != ((16,), 1):
+            raise ValueError("a TIFF of 12 bits, or of levels from white to black, is not read")
+        image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"a {image.format} image of mode {image.mode} has no known range")
-    return np.array(image.convert("RGB"))
+    return np.array(image.convert(_MODES[channels])).reshape(image.height, image.width, channels)
 
 
 def _reduction(shorter_side: int, at_least: int | None) -> int:

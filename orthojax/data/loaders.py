@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from orthojax import checks
 from orthojax.data import dataset, folder, source, streamed
 from orthojax.data.protocols import Dataset
 
@@ -55,6 +58,8 @@ def implementation(section: Mapping) -> Callable[..., Dataset]:
     Raises:
       DatasetError: the name is unknown.
     """
+    if not isinstance(section, Mapping | ConfigDict):
+        raise checks.refuse("section", section, "a mapping with the key 'name'")
     name = section.get("name")
     if name == "folder":
         return folder.load

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from orthojax import checks
 from orthojax.data import sampler
+from orthojax.data.augmentation import check_images
 
 Batch = dict[str, np.ndarray]
 
@@ -15,10 +17,21 @@ class Split:
     """Images and labels in memory, in the order of the records.
 
     Shapes: `images` uint8 (N, H, W, C), `labels` int32 (N,).
+
+    Raises:
+      ConfigError: they are of another rank, dtype or length.
     """
 
     images: np.ndarray
     labels: np.ndarray
+
+    def __post_init__(self):
+        check_images("images", self.images)
+        labels = self.labels
+        kind = getattr(getattr(labels, "dtype", None), "kind", "")
+        if kind not in ("i", "u") or np.shape(labels) != (len(self.images),):
+            expected = f"a label for each of {len(self.images)} images, an integer array (N,)"
+            raise checks.refuse("labels", labels, expected)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -38,10 +51,14 @@ class TrainIterator(sampler.Resumable):
 
     Args:
       split: what to draw from.
-      batch_size: B, at least 1 and at most `len(split)`; `DatasetError` otherwise.
-      seed: a non-negative integer; `ValueError` otherwise.
+      batch_size: B, at least 1 and at most `len(split)`.
+      seed: a non-negative integer.
       rows: which rows of every batch to gather, for a host that supplies a part of them; None is
         all. Neither the order nor the state depends on it.
+
+    Raises:
+      ConfigError: an argument is of another kind or out of range.
+      DatasetError: the split is smaller than a batch.
 
     Each item is `{"image": uint8 (B, H, W, C), "label": int32 (B,)}`.
 
@@ -56,11 +73,11 @@ class TrainIterator(sampler.Resumable):
     """
 
     def __init__(self, split: Split, batch_size: int, seed: int, rows: np.ndarray | None = None):
-        sampler.check_batch_size(batch_size, len(split))
+        _check_split(split)
+        self._wanted = sampler.check_batch(batch_size, rows, len(split))
         super().__init__(seed, len(split))
         self._split = split
-        self._batch_size = batch_size
-        self._wanted = slice(None) if rows is None else rows
+        self._batch_size = int(batch_size)
         sampler.images(seed, len(split), 0, 1)  # a negative seed is an error here
 
     def __next__(self) -> Batch:
@@ -81,12 +98,15 @@ def eval_batches(split: Split, batch_size: int, rows: np.ndarray | None = None) 
 
     Args:
       split: what to read.
-      batch_size: B, at least 1; `DatasetError` otherwise. It may exceed `len(split)`.
+      batch_size: B, at least 1. It may exceed `len(split)`.
       rows: which rows of every batch to give, as for `TrainIterator`.
 
     Returns:
       An iterator of `{"image": uint8 (B, H, W, C), "label": int32 (B,), "mask": float32 (B,)}`.
       The last batch is filled up with black images of label 0, whose mask is 0; it is 1 elsewhere.
+
+    Raises:
+      ConfigError: an argument is of another kind or out of range.
 
     Example:
       >>> images = np.zeros((10, 8, 8, 1), np.uint8)
@@ -94,8 +114,13 @@ def eval_batches(split: Split, batch_size: int, rows: np.ndarray | None = None) 
       >>> [batch["mask"].sum().item() for batch in eval_batches(split, batch_size=4)]
       [4.0, 4.0, 2.0]
     """
-    sampler.check_batch_size(batch_size)
-    return _padded_batches(split, batch_size, np.arange(batch_size) if rows is None else rows)
+    _check_split(split)
+    return _padded_batches(split, batch_size, sampler.check_batch(batch_size, rows))
+
+
+def _check_split(split: object) -> None:
+    if not isinstance(split, Split):
+        raise checks.refuse("split", split, "a `Split`")
 
 
 def _padded_batches(split: Split, batch_size: int, rows: np.ndarray) -> Iterator[Batch]:

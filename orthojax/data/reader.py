@@ -20,16 +20,12 @@ from absl import flags
 
 from orthojax.data import jpeg, sampler
 from orthojax.data.protocols import Batch
-from orthojax.data.records import Records, Undecodable
+from orthojax.data.records import PATIENCE, Records, Undecodable, all_broken
 from orthojax.data.worker_lifetime import end_with_parent
-from orthojax.errors import DatasetError
 
 # Images that a worker sends at a time: few enough that their memory is used again, and not asked
 # of the operating system each time; and that a batch is shared out evenly.
 CHUNK = 8
-
-# After so many images in a row that cannot be decoded it is the set that is broken.
-PATIENCE = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,17 +124,14 @@ class Decode:
             encoded, label = self._records[(image + step) % len(self._records)]
             try:
                 jpeg.crop_into(batch["image"][row], encoded, self._geometry.resize, left, top)
-            except jpeg.UndecodableError:
+            except jpeg.UndecodableError as error:
                 batch["undecodable"][row] = image
+                reason = error
             else:
                 batch["label"][row], batch["mask"][row] = label, 1
                 return
         if self._attempts > 1:
-            raise DatasetError(
-                f"{PATIENCE} images in a row, from number {image} of split "
-                f"{self._records.split!r} in {self._records.directory}, cannot be decoded; remove "
-                "that directory and prepare the set again"
-            )
+            raise all_broken(self._records, image, self._attempts, reason)
 
 
 def decoded_batches(rows: Rows, decode: Decode, size: int, workers: int, threads: int) -> Any:
@@ -220,12 +213,12 @@ class StreamedTrainIterator(sampler.Resumable):
         workers: int,
         threads: int,
     ):
-        sampler.check_batch_size(batch_size, len(records))
+        self._rows = sampler.check_batch(batch_size, rows, len(records))
         super().__init__(seed, len(records))
+        sampler.images(seed, len(records), 0, 1)  # a negative seed is an error here
         self._place = functools.partial(train_place, seed, len(records), geometry)
         self._decode = Decode(records, geometry, replace=True)
         self._batch_size = batch_size
-        self._rows = np.arange(batch_size) if rows is None else rows
         self._processes = {"workers": workers, "threads": threads}
         self._batches: Any = None
         self._undecodable = Undecodable(records, "replaced by the next")
@@ -269,24 +262,31 @@ def streamed_test_batches(
 
     Args:
       records: of the split; for the others see `StreamedTrainIterator`.
+
+    Raises:
+      DatasetError: at the end, not one image of this host's could be decoded.
     """
-    sampler.check_batch_size(batch_size)
-    wanted = np.arange(batch_size) if rows is None else rows
+    wanted = sampler.check_batch(batch_size, rows)
     place = functools.partial(evaluation_place, len(records), geometry)
     count = -(-len(records) // batch_size)
     own = Rows(place, batch_size, wanted, batches=count)
     decode = Decode(records, geometry, replace=False)
     workers = min(workers, -(-len(own) // CHUNK))
-    undecodable = Undecodable(records, "left out")
-    return _test_batches(own, decode, len(wanted), workers, threads, undecodable=undecodable)
+    return _test_batches(own, decode, len(wanted), workers, threads, records=records)
 
 
-def _test_batches(*arguments: Any, undecodable: Undecodable) -> Iterator[Batch]:
-    batches = decoded_batches(*arguments)
+def _test_batches(*arguments: Any, records: Records) -> Iterator[Batch]:
+    batches, undecodable = decoded_batches(*arguments), Undecodable(records, "left out")
+    broken, whole = [], False
     try:
         for batch in batches:
-            undecodable.add(batch.pop("undecodable"))
+            found = batch.pop("undecodable")
+            undecodable.add(found)
+            broken += found[found >= 0].tolist()
+            whole = whole or batch["mask"].any()
             yield batch
     finally:
         batches.close()
     undecodable.report("in this pass")
+    if broken and not whole:
+        raise all_broken(records, broken[0], len(broken))

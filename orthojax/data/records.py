@@ -8,6 +8,9 @@ from typing import Any
 
 from orthojax.errors import DatasetError
 
+# After so many images in a row that cannot be decoded it is the set that is broken.
+PATIENCE = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Records:
@@ -32,20 +35,29 @@ class Records:
     label_key: str
     num_classes: int
 
+    @property
+    def remedy(self) -> str:
+        """What to do where records are damaged."""
+        return "remove that directory and prepare the set again"
+
     def __len__(self) -> int:
         return self.size
 
+    def describe(self, index: int) -> str:
+        """A record, for messages."""
+        return f"image number {index} of split {self.split!r} in {self.directory}"
+
     def __getitem__(self, index: int) -> tuple[bytes, int]:
         """The encoded image and the label of a record; `DatasetError` if it cannot be read."""
-        files, parse, parse_error = self._opened
         try:
+            files, parse = self._opened
             features = parse(files[index]).features.feature
             image, label = features[self.image_key], features[self.label_key]
             encoded, label = image.bytes_list.value[0], label.int64_list.value[0]
-        except (RuntimeError, IndexError, parse_error) as error:
+        except Exception as error:  # the readers of the file and of the record raise what they like
             raise DatasetError(
                 f"record {index} of split {self.split!r} in {self.directory} is damaged or missing "
-                f"({error}); remove that directory and prepare the set again"
+                f"({error}); {self.remedy}"
             ) from error
         if not 0 <= label < self.num_classes:
             raise DatasetError(
@@ -58,12 +70,40 @@ class Records:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     @functools.cached_property
-    def _opened(self) -> tuple[Any, Any, type[Exception]]:
+    def _opened(self) -> tuple[Any, Any]:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
-        from google.protobuf.message import DecodeError
         from tensorflow_datasets.proto import tf_example_pb2
 
-        return ArrayRecordDataSource(self.shards), tf_example_pb2.Example.FromString, DecodeError
+        return ArrayRecordDataSource(self.shards), tf_example_pb2.Example.FromString
+
+
+def check_images(records: Records) -> None:
+    """Finds out, before anything is trained, whether a split can be decoded at all.
+
+    Raises:
+      DatasetError: not one of the first images can be.
+    """
+    from orthojax.data import jpeg  # here, because importing OpenCV takes a while
+
+    count = min(PATIENCE, len(records))
+    for index in range(count):
+        try:
+            jpeg.decode(records[index][0])
+            return
+        except jpeg.UndecodableError as error:
+            reason = error
+    raise all_broken(records, 0, count, reason)
+
+
+def all_broken(
+    records: Records, first: int, count: int, reason: Exception | None = None
+) -> DatasetError:
+    """What to raise where `count` images in a row, from the `first` on, cannot be decoded."""
+    why = f" ({reason})" if reason else ""
+    return DatasetError(
+        f"not one of {count} images in a row can be decoded, from {records.describe(first)} "
+        f"on{why}; {records.remedy}"
+    )
 
 
 class Undecodable:
@@ -75,6 +115,7 @@ class Undecodable:
     """
 
     def __init__(self, records: Records, remedy: str):
+        self._records = records
         self._where = f"split {records.split!r} in {records.directory}"
         self._remedy = remedy
         self._count = 0
@@ -87,8 +128,8 @@ class Undecodable:
         if found and not self._warned:
             self._warned = True
             warnings.warn(
-                f"image number {found[0]} of {self._where} cannot be decoded and is "
-                f"{self._remedy}; if there are more, their count follows",
+                f"{self._records.describe(found[0])} cannot be decoded and is {self._remedy}; if "
+                "there are more, their count follows",
                 stacklevel=3,
             )
 

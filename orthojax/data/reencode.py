@@ -7,8 +7,10 @@ import tempfile
 
 import tensorflow_datasets as tfds
 
+from orthojax import checks
 from orthojax.data import prepare, source
 from orthojax.data.records import Undecodable
+from orthojax.data.streamed import LARGEST_SIDE
 from orthojax.errors import DatasetError
 from orthojax.parallel.cores import usable_cores
 
@@ -165,12 +167,9 @@ def reencode(
 
 
 def _check_numbers(name: str, size: int, quality: int, workers: int) -> None:
-    if size < 1:
-        raise DatasetError(f"resize={size} of data set {name!r} is less than 1 pixel")
-    if not 1 <= quality <= 100:
-        raise DatasetError(f"quality={quality} of JPEGs is not from 1 to 100; 95 is usual")
-    if workers < 1:
-        raise DatasetError(f"workers={workers} is less than 1")
+    checks.integer("size", size, 1, LARGEST_SIDE)
+    checks.integer("quality", quality, 1, 100)
+    checks.integer("workers", workers, 1)
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
         raise DatasetError(

@@ -7,19 +7,24 @@ import os
 import pathlib
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tqdm
 
+from orthojax import checks
 from orthojax.caches import expand
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
 _PROGRESS_SECONDS = 1.0  # what is over sooner says nothing
-_PNG = b"\x89PNG\r\n\x1a\n"
+# TFDS takes the path of a set for a pattern, and array_record one with a line break for none.
+_UNREADABLE = re.compile(r"[\[*?\0\n\r\ud800-\udfff]")
+# `kaggle:name` and the like: sets whose code TFDS fetches. After a name's colon is a version.
+_FOREIGN = re.compile(r"[\w\-]+:[^\d*]")
 
 _REENCODED = re.compile(r"(?P<name>\w+)_(?P<size>[1-9]\d*)(?P<rest>[/:].*)?")
 
@@ -120,18 +125,69 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
 
     from orthojax.data import bundled  # noqa: F401  (defining classes registers them with TFDS)
 
+    if not isinstance(name, str):
+        raise checks.refuse("name", name, "the name of a data set, such as 'cifar10'")
+    if not isinstance(data_dir, str | os.PathLike | None):
+        raise checks.refuse("data_dir", data_dir, "the path of a directory, or None")
     given = data_dir or os.environ.get("TFDS_DATA_DIR")
-    place = expand(given or "~/tensorflow_datasets")  # which is TFDS's own choice
+    place = expand(os.fspath(given or "~/tensorflow_datasets"))  # which is TFDS's own choice
     data_dir = place if given else None
+    if _FOREIGN.match(name):
+        raise DatasetError(
+            f"data set {name!r} is another repository's, whose code would be fetched and run; "
+            "prepare it with TFDS, and name it without what is before the colon"
+        )
+    _check_readable(data_dir or "")
     try:
-        with quiet():
-            return tfds.builder(name, data_dir=data_dir)
+        with quiet(), _no_strange_features(name):
+            builder = tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError:
         return None
-    # What TFDS raises for unknown versions, for unknown configs, and for other repositories' sets.
-    except (AssertionError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except DatasetError:
+        raise
+    # What TFDS raises for unknown versions and configs, and for damaged descriptions of sets.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DatasetError(f"data set {name!r} cannot be used: {reason}") from error
+    _check_readable(os.fspath(builder.data_path))
+    return builder
+
+
+def _check_readable(directory: str) -> None:
+    found = _UNREADABLE.search(directory)
+    if found:
+        raise DatasetError(
+            f"data_dir: TFDS reads nothing below a directory with {found[0]!r} in its name, as in "
+            f"{directory!r}; rename it, or name a link to it"
+        )
+
+
+@contextlib.contextmanager
+def _no_strange_features(name: str) -> Iterator[None]:
+    """Keeps TFDS from importing what a set's `features.json` names, which runs it.
+
+    TFDS's own features are known, and those of modules that are imported already.
+    """
+    import tensorflow_datasets as tfds
+
+    connector = tfds.features.FeatureConnector
+    original = connector.__dict__["cls_from_name"]
+
+    def known(python_name: str) -> Any:
+        module = python_name.rpartition(".")[0]
+        if module and not (module.startswith("tensorflow_datasets.") or module in sys.modules):
+            raise DatasetError(
+                f"data set {name!r}: its features.json names the class {python_name!r}, and "
+                f"reading it would run the module {module!r}; import that first if you trust it, "
+                "or write the set with TFDS's own features"
+            )
+        return original.__get__(None, connector)(python_name)
+
+    connector.cls_from_name = staticmethod(known)
+    try:
+        yield
+    finally:
+        connector.cls_from_name = original
 
 
 def _original(name: str, data_dir: str | None) -> Any | None:
@@ -184,12 +240,15 @@ def check_prepared(name: str, builder: Any) -> None:
             f"data set {name!r} is not prepared in {builder.data_dir_root}; {_nearby(builder)}"
             f"prepare it with\n    {prepare_command(name, builder)}"
         )
+    splits = list(builder.info.splits)
+    if not splits:
+        raise DatasetError(f"{builder.data_path} holds no split; name another data_dir")
     try:
-        builder.as_data_source(split=next(iter(builder.info.splits)))
-    except NotImplementedError as error:
+        builder.as_data_source(split=splits[0])
+    except (NotImplementedError, ValueError) as error:
         raise DatasetError(
             f"{builder.data_path} holds another format than array_record, which only TensorFlow "
-            "reads; remove that directory, or name another data_dir, and prepare the set with\n"
+            "reads; name another data_dir, or remove that directory, and prepare the set with\n"
             f"    {prepare_command(name, builder)}"
         ) from error
 
@@ -265,13 +324,8 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
       DatasetError: there is no such split, it is empty, its records cannot be read, or a label is
         outside the classes.
     """
-    import tensorflow_datasets as tfds
-
     size = _checked_split(source, split).num_examples
-    # As they are stored: TFDS would take 16-bit values modulo 256.
-    raw = {source.image_key: tfds.decode.SkipDecoding()}
-    records = source.builder.as_data_source(split=split, decoders=raw)
-    feature = source.builder.info.features[source.image_key]
+    records = examples(source, split)
     images = np.empty((size, *source.image_shape), np.uint8)
     labels = np.empty(size, np.int32)
     title = f"decoding {source.full_name} {split}"
@@ -284,7 +338,7 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
             with reading(source):
                 chunk = records.__getitems__(rows)
             for row, example in zip(rows, chunk, strict=True):
-                images[row] = _decode_image(source, split, row, feature, example)
+                images[row] = _decode_image(source, split, row, example[source.image_key])
                 labels[row] = example[source.label_key]
             progress.update(len(rows))
     outside = np.flatnonzero((labels < 0) | (labels >= source.num_classes))
@@ -296,15 +350,14 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
-def _decode_image(source: Source, split: str, row: int, feature: Any, example: Any) -> np.ndarray:
-    encoded = example[source.image_key]
+def _decode_image(source: Source, split: str, row: int, encoded: bytes) -> np.ndarray:
+    from orthojax.data import jpeg
+
     try:
-        if encoded[:8] == _PNG and encoded[24] > 8:
-            raise ValueError(f"a PNG of {encoded[24]} bits, and not of 8")
-        image = feature.decode_example_np(encoded)
+        image = jpeg.decode(encoded, channels=source.image_shape[-1])
         if image.shape != source.image_shape:
-            raise ValueError(f"of shape {image.shape}, and not {source.image_shape}")
-    except Exception as error:  # the decoders raise what they like
+            raise jpeg.UndecodableError(f"of shape {image.shape}, and not {source.image_shape}")
+    except jpeg.UndecodableError as error:
         raise DatasetError(
             f"record {row} of split {split!r} in {source.directory} is no image of this set "
             f"({error}); remove that directory and prepare the set again"
@@ -312,11 +365,18 @@ def _decode_image(source: Source, split: str, row: int, feature: Any, example: A
     return image
 
 
+def check_split_name(argument: str, split: Any) -> None:
+    """Raises `ConfigError` for what is no name of a split, or of a slice of one."""
+    if not isinstance(split, str) or not split:
+        raise checks.refuse(argument, split, "the name of a split, such as 'train'")
+
+
 def _checked_split(source: Source, split: str) -> Any:
+    check_split_name("split", split)
     try:
         found = source.builder.info.splits[split]
         size = found.num_examples
-    except ValueError as error:
+    except (ValueError, KeyError) as error:
         raise DatasetError(f"split {split!r} of {source.full_name}: {error}") from error
     if not size:
         raise DatasetError(
@@ -369,6 +429,11 @@ def _checked_source(name: str, builder: Any) -> Source:
     if image.np_dtype != np.uint8:
         raise DatasetError(
             f"images of data set {name!r} are {image.np_dtype}; choose one of uint8 images"
+        )
+    if len(image.shape) != 3 or image.shape[-1] not in (1, 3, 4):
+        raise DatasetError(
+            f"images of data set {name!r} have the shape {image.shape}; choose one of single "
+            "images of 1, 3 or 4 channels"
         )
     return Source(builder, image_key, label_key)
 

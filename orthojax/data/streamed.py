@@ -8,15 +8,18 @@ from typing import Any
 import jax
 import numpy as np
 
+from orthojax import checks
 from orthojax.data import source
 from orthojax.data.augmentation import augment_photographs, standardize_rgb
 from orthojax.data.dataset import BLACK_IMAGES, black_split
 from orthojax.data.pipeline import Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.data.protocols import Batch, TrainBatches
-from orthojax.data.records import Records
+from orthojax.data.records import Records, check_images
 from orthojax.errors import DatasetError
 from orthojax.parallel.cores import usable_cores
+
+LARGEST_SIDE = 2**14  # of a square, in pixels
 
 PACKAGES = ("grain", "simplejpeg", "cv2")  # of the extra `imagenet`
 
@@ -149,23 +152,26 @@ def load(
       records: False needs no prepared set and none of the packages, and gives black images.
 
     Raises:
-      DatasetError: the name or a split is unknown, the set is not prepared, a number is
-        impossible, or a package is missing.
+      DatasetError: the name or a split is unknown, the set is not prepared, a package is missing,
+        or not one of the first images can be decoded.
+      ConfigError: an argument is of another kind or out of range.
 
     Example:
       >>> load("imagenet2012", records=False).image_shape
       (224, 224, 3)
     """
     found = source.find(name, data_dir, prepared=records)
-    numbers = checked_numbers(resize, crop, color_std, workers, threads)
+    arguments = checked_arguments(resize, crop, flip, color_std, workers, threads)
     if not records:
         keys = found.image_key, found.label_key
         nothing = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
-        return BlackDataset(name, nothing, nothing, found.num_classes, flip=flip, **numbers)
+        return BlackDataset(name, nothing, nothing, found.num_classes, **arguments)
     check_packages(name)
     train, test = (source.records(found, split) for split in (train_split, test_split))
+    check_images(train)
+    check_images(test)
     return StreamedDataset(
-        name, train, test, found.num_classes, flip=flip, class_names=found.class_names, **numbers
+        name, train, test, found.num_classes, class_names=found.class_names, **arguments
     )
 
 
@@ -179,25 +185,18 @@ def check_packages(name: str) -> None:
         )
 
 
-def checked_numbers(
-    resize: int, crop: int, color_std: float, workers: int | None, threads: int
+def checked_arguments(
+    resize: int, crop: int, flip: bool, color_std: float, workers: int | None, threads: int
 ) -> dict[str, Any]:
-    """The arguments that a `StreamedDataset` has of these; `DatasetError` if one is impossible."""
-    if workers is None:
-        workers = usable_cores()
-    if not 1 <= crop <= resize:
-        raise DatasetError(f"crop={crop} is not from 1 to resize={resize}")
-    for name, value, least in (
-        ("color_std", color_std, 0),
-        ("workers", workers, 0),
-        ("threads", threads, 1),
-    ):
-        if value < least:
-            raise DatasetError(f"{name}={value} is less than {least}")
+    """The arguments that a `StreamedDataset` has of these; `ConfigError` if one is impossible."""
+    checks.number("color_std", color_std, "[0, inf)")
+    checks.flag("flip", flip)
+    resize = checks.integer("resize", resize, 1, LARGEST_SIDE)
     return {
         "resize": resize,
-        "crop": crop,
+        "crop": checks.integer("crop", crop, 1, resize),
+        "flip": flip,
         "color_std": color_std,
-        "workers": workers,
-        "threads": threads,
+        "workers": usable_cores() if workers is None else checks.integer("workers", workers, 0),
+        "threads": checks.integer("threads", threads, 1),
     }

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from orthojax.models import ConvNet
 from orthojax.training.step import batch_statistics
 from orthojax.training.trained import Trained
 
-Images = np.ndarray | str | os.PathLike | Sequence[str | os.PathLike]
+Images = np.ndarray | str | os.PathLike | Iterable[str | os.PathLike]
 
 LARGEST_BATCH = 256  # what is more is cut into pieces, which bounds the memory
 
@@ -31,7 +33,8 @@ class Classifier(Trained):
 
         Args:
           images: uint8 (N, H, W, C), or (H, W, C) for one, of the shape that the net was trained
-            on; or the path of a picture of any size, or a sequence of paths.
+            on; or the path of a picture of any size, or an iterable of paths, which are read as
+            they are needed.
 
         Returns:
           float32 (N, classes); each row sums to 1.
@@ -43,14 +46,12 @@ class Classifier(Trained):
 
     def logits(self, images: Images) -> np.ndarray:
         """The same before the softmax: float32 (N, classes)."""
-        images = self._pixels(images)
-        pieces = [np.zeros((0, len(self.class_names)), np.float32)]
-        for start in range(0, len(images), LARGEST_BATCH):
-            piece = images[start : start + LARGEST_BATCH]
+        found = [np.zeros((0, len(self.class_names)), np.float32)]
+        for piece in self._pieces(images):
             padded = np.zeros((_power_of_two(len(piece)), *piece.shape[1:]), np.uint8)
             padded[: len(piece)] = piece
-            pieces.append(np.asarray(self._apply(self.variables, padded))[: len(piece)])
-        return np.concatenate(pieces)
+            found.append(np.asarray(self._apply(self.variables, padded))[: len(piece)])
+        return np.concatenate(found)
 
     def recalibrated(self, images: Images) -> "Classifier":
         """The same net with the batch-normalization statistics of these images, in one pass.
@@ -64,7 +65,10 @@ class Classifier(Trained):
             raise ValueError("a folded net has no statistics; recalibrate first, and then fold")
         _check_ours(self.net, "recalibrated")
         statistics = jax.jit(functools.partial(batch_statistics, self.net))
-        inputs = self.preprocessing.normalize(self._pixels(images))
+        pieces = list(self._pieces(images))
+        if not pieces:
+            raise DatasetError("there is no image whose statistics could be taken; give some")
+        inputs = self.preprocessing.normalize(np.concatenate(pieces))
         found = statistics(self.variables, inputs)
         return dataclasses.replace(self, variables={**self.variables, "batch_stats": found})
 
@@ -86,15 +90,33 @@ class Classifier(Trained):
 
         return jax.jit(apply)
 
-    def _pixels(self, images: Images) -> np.ndarray:
+    def _pieces(self, images: Images) -> Iterator[np.ndarray]:
+        """Pixels, uint8 (N, H, W, C), of at most `LARGEST_BATCH` images at a time."""
         if isinstance(images, str | os.PathLike):
             images = [images]
-        if not isinstance(images, np.ndarray | jax.Array):
-            if not all(isinstance(path, str | os.PathLike) for path in images):
-                raise DatasetError("images are neither one uint8 array nor paths of pictures")
-            read = [self.preprocessing.read(path) for path in images]
-            return np.stack(read) if read else np.zeros((0, *self._shape), np.uint8)
-        pixels = np.asarray(images)
+        if isinstance(images, np.ndarray | jax.Array):
+            pixels = self._checked(np.asarray(images))
+            for start in range(0, len(pixels), LARGEST_BATCH):
+                yield pixels[start : start + LARGEST_BATCH]
+            return
+        if not isinstance(images, Iterable) or isinstance(images, AbstractSet | bytes):
+            raise DatasetError(
+                f"images are {type(images).__name__} {images!r}, and must be one uint8 array, or "
+                "paths of pictures in an order"
+            )
+        read = map(self._picture, images)
+        while piece := list(itertools.islice(read, LARGEST_BATCH)):
+            yield np.stack(piece)
+
+    def _picture(self, path: str | os.PathLike) -> np.ndarray:
+        if not isinstance(path, str | os.PathLike):
+            raise DatasetError(
+                f"images are neither one uint8 array nor paths of pictures: among them is "
+                f"{type(path).__name__} {path!r}"
+            )
+        return self.preprocessing.read(path)
+
+    def _checked(self, pixels: np.ndarray) -> np.ndarray:
         if pixels.ndim == len(self._shape):
             pixels = pixels[None]
         if pixels.dtype != np.uint8 or pixels.shape[1:] != self._shape:

@@ -1,13 +1,15 @@
 """How well a trained net does on a labeled split, class by class."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from orthojax import checks
 from orthojax.analysis.picture import new_picture
 from orthojax.data.protocols import Batch
+from orthojax.errors import DatasetError
 from orthojax.inference.classifier import Classifier
 
 LARGEST_LABELED = 30  # classes up to which a confusion picture has their names and numbers
@@ -76,25 +78,57 @@ class Evaluation:
         return picture
 
 
-def evaluate(classifier: Classifier, batches: Iterable[Batch]) -> Evaluation:
+def evaluate(
+    classifier: Classifier, batches: Iterable[Batch], class_names: Sequence[str] | None = None
+) -> Evaluation:
     """Evaluates a net on labeled batches, every image whose mask is 1 once.
 
     Args:
       classifier: from `orthojax.load`.
       batches: of `orthojax.data.Dataset.test_batches`.
+      class_names: of the data set, `dataset.preprocessing.class_names`: its labels are taken by
+        name, and it may lack some of the net's classes. None takes them to be the net's.
+
+    Raises:
+      ConfigError: `classifier` is none.
+      DatasetError: a class is none of the net's, a label is none of the classes', an image is not
+        of the net's shape, a batch has no mask, or there is no image.
     """
+    if not isinstance(classifier, Classifier):
+        raise checks.refuse("classifier", classifier, "what `orthojax.load` returns")
+    given = classifier.class_names if class_names is None else tuple(class_names)
+    labels_here = classifier.preprocessing.labels_of(given)
     classes = len(classifier.class_names)
     confusion = np.zeros((classes, classes), np.int64)
     loss, among_five = 0.0, 0
     for batch in batches:
-        real = batch["mask"] > 0
-        labels = batch["label"][real]
-        logits = classifier.logits(batch["image"][real]).astype(np.float64)
+        images, labels = _real(batch, len(given))
+        labels = labels_here[labels]
+        logits = classifier.logits(images).astype(np.float64)
         best = np.argsort(-logits, axis=1, kind="stable")[:, :5]
         np.add.at(confusion, (labels, best[:, 0]), 1)
         among_five += int((best == labels[:, None]).any(axis=1).sum())
         shifted = logits - logits.max(axis=1, keepdims=True)
         log_sums = np.log(np.exp(shifted).sum(axis=1))
         loss += float((log_sums - shifted[np.arange(len(labels)), labels]).sum())
-    images = confusion.sum()
-    return Evaluation(loss / images, among_five / int(images), confusion, classifier.class_names)
+    images = int(confusion.sum())
+    if not images:
+        raise DatasetError("there is no image in these batches to evaluate on; give others")
+    return Evaluation(loss / images, among_five / images, confusion, classifier.class_names)
+
+
+def _real(batch: Batch, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a batch, without what it is filled up with."""
+    missing = [key for key in ("image", "label", "mask") if key not in batch]
+    if missing:
+        raise DatasetError(
+            f"a batch has no {missing[0]!r}; give those of `Dataset.test_batches`, not of training"
+        )
+    real = np.asarray(batch["mask"]) > 0
+    labels = np.asarray(batch["label"])[real]
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        raise DatasetError(f"labels are {labels.dtype} {labels.shape}, and must be integers (N,)")
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise DatasetError(f"there is a label {outside[0]}, and labels are 0 to {classes - 1}")
+    return np.asarray(batch["image"])[real], labels

@@ -6,6 +6,7 @@ import os
 import jax
 import jax.numpy as jnp
 
+from orthojax import checks
 from orthojax.errors import UserError
 from orthojax.inference.classifier import Classifier
 from orthojax.storage.paths import write_atomic
@@ -27,6 +28,8 @@ def export(classifier: Classifier, path: str | os.PathLike) -> None:
     Raises:
       UserError: the extra `[export]` is not installed.
     """
+    if not isinstance(classifier, Classifier):
+        raise checks.refuse("classifier", classifier, "what `orthojax.load` returns")
     if importlib.util.find_spec("flatbuffers") is None:
         raise UserError("exporting needs flatbuffers: pip install -e '.[export]'")
 

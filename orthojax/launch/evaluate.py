@@ -5,6 +5,7 @@ python -m orthojax.launch.evaluate --workdir=runs/cifar10_plain --split='train[:
 """
 
 import json
+import math
 import sys
 
 from absl import flags
@@ -51,7 +52,8 @@ def main():
         with_statistics = dataset.train_batches(size, config["seed"])
         classifier = classifier.recalibrated(next(with_statistics)["image"])
         with_statistics.close()
-    found = evaluate(classifier, dataset.test_batches(config["batch_size"]))
+    names = dataset.preprocessing.class_names
+    found = evaluate(classifier, dataset.test_batches(config["batch_size"]), names)
 
     output = to_path(options.output or options.workdir)
     output.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,8 @@ def show(found, step):
     tell(f"loss  {found.loss:.4f}\n", sys.stdout)
     width = max(map(len, found.class_names))
     for name, value in zip(found.class_names, found.class_accuracies, strict=True):
-        tell(f"{name:>{width}}  {value:.1%}", sys.stdout)
+        told = "no image" if math.isnan(value) else f"{value:.1%}"
+        tell(f"{name:>{width}}  {told}", sys.stdout)
 
 
 if __name__ == "__main__":

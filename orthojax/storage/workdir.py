@@ -9,7 +9,7 @@ import os
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -51,7 +51,9 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 _held_locks: dict[tuple[int, int], int] = {}
 
 
-def claim(workdir: str | os.PathLike, config: Mapping) -> None:
+def claim(
+    workdir: str | os.PathLike, config: Mapping, check: Callable[[], None] = lambda: None
+) -> None:
     """Makes `workdir` this run's own until the process ends, or says why it cannot be.
 
     A new or empty directory receives `config.json` (the resolved config) and `environment.json`
@@ -67,6 +69,8 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
     Args:
       workdir: a path on a local or shared file system, or `gs://…`.
       config: the resolved config, a Mapping or an ml_collections ConfigDict.
+      check: is called once the directory is locked and its config agrees, before anything is
+        written; what it raises leaves the directory as it was.
 
     Raises:
       WorkdirError: the path is a file or cannot be written, the directory holds the run of
@@ -90,6 +94,7 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
         _check_length(workdir, saved, config)
     else:
         saved = None
+    check()
     if config != saved:
         write_json_atomic(workdir / CONFIG, config)
     starts = workdir / "environment.json"

@@ -6,6 +6,7 @@ optimizer, mesh); `compiled.compile_steps` makes programs of that, whose step is
 """
 
 import contextlib
+import json
 import math
 import os
 import pathlib
@@ -21,6 +22,8 @@ from orthojax.analysis.curves import draw_curves
 from orthojax.config.sections import bind
 from orthojax.console import tell
 from orthojax.data import preprocessing
+from orthojax.data.preprocessing import Preprocessing
+from orthojax.errors import DatasetError, WorkdirError
 from orthojax.parallel.processes import is_first, on_first_process
 from orthojax.sites import weights_only
 from orthojax.storage.checkpoint import Checkpointer, saved_steps
@@ -66,7 +69,9 @@ def train_and_evaluate(
 
     Raises:
       UserError: see `build`, `orthojax.storage.workdir.claim` and
-        `orthojax.storage.checkpoint.Checkpointer`.
+        `orthojax.storage.checkpoint.Checkpointer`; or the run in `workdir` was trained on other
+        data: other names of classes, another shape or resizing of images, other statistics of
+        pixels. Then nothing is written.
       DivergenceError: the loss or a parameter is no longer finite. The last checkpoint, saved
         while they were, is kept.
       Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
@@ -92,8 +97,29 @@ def _checked_first(settings: Settings, workdir: Any) -> Trained | None:
 
 
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
-    claim(workdir, config)
-    write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
+    path = workdir / preprocessing.FILE
+    claim(workdir, config, lambda: _check_same_data(path, dataset))
+    if _read_preprocessing(path) is None:
+        write_json_atomic(path, dataset.preprocessing.to_json())
+
+
+def _check_same_data(path: Any, dataset: data.Dataset) -> None:
+    saved = _read_preprocessing(path)
+    changes = saved.differences(dataset.preprocessing) if saved else []
+    if changes:
+        raise WorkdirError(
+            f"{path.parent} holds a run that was trained on other data (there -> here):\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another --workdir, or bring the data back to what it was."
+        )
+
+
+def _read_preprocessing(path: Any) -> Preprocessing | None:
+    """None where there is none, or it is damaged: then it is written anew, as the data set is."""
+    try:
+        return Preprocessing.from_json(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError, KeyError, DatasetError):
+        return None
 
 
 def _train(

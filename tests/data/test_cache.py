@@ -131,9 +131,32 @@ def damage_by_another_file(path):
     np.savez(path.open("wb"), something=np.zeros(3))
 
 
+def replace_in(path, old, new):
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+
+
+def damage_to_a_shape(path):
+    replace_in(path, b"'shape': (100, 8, 8, 1)", b"'shape': (100, 0, 8, 1)")
+
+
+def damage_to_a_name(path):
+    replace_in(path, b"labels.npy", b"lab%ls.npy")
+
+
+def damage_to_the_kind_of_compression(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\1\2") + 10] ^= 64
+    path.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     "damage",
-    [damage_by_truncation, damage_by_one_bit, damage_by_emptying, damage_by_another_file],
+    [
+        *(damage_by_truncation, damage_by_one_bit, damage_by_emptying, damage_by_another_file),
+        *(damage_to_a_shape, damage_to_a_name, damage_to_the_kind_of_compression),
+    ],
 )
 def test_a_damaged_file_is_made_anew(data_dir, cache_dir, decoded, capsys, damage):
     whole = load_digits(data_dir, cache_dir)

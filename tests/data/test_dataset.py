@@ -262,7 +262,7 @@ class OrthojaxLabels(OrthojaxColors):
 
 
 class OrthojaxDeep(OrthojaxColors):
-    """PNG files of 16 bits, in a set that says 8."""
+    """A PNG file of 16 bits and one with a palette, in a set that says 8 bits of gray."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -274,15 +274,17 @@ class OrthojaxDeep(OrthojaxColors):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _generate_examples(self, split):
-        image = PIL.Image.fromarray(np.full((4, 6), 300, np.uint16))
-        yield 0, {"image": image, "label": 0}
+        yield 0, {"image": PIL.Image.fromarray(np.full((4, 6), 0x1234, np.uint16)), "label": 0}
+        yield (
+            1,
+            {"image": PIL.Image.fromarray(np.full((4, 6), 7, np.uint8)).convert("P"), "label": 1},
+        )
 
 
 @pytest.mark.parametrize(
     ("builder_class", "says"),
     [
         (OrthojaxLabels, "has the label -1 in record"),
-        (OrthojaxDeep, "a PNG of 16 bits"),
         (OrthojaxNoClasses, "not of images with one class label each"),
     ],
 )
@@ -291,6 +293,65 @@ def test_sets_that_would_be_misread(tmp_path, builder_class, says):
     name = builder_class.name
     with pytest.raises(DatasetError, match=says):
         load(name, str(tmp_path), test_split="validation", cache_dir=str(tmp_path / "cache"))
+
+
+def test_images_are_read_as_any_picture_is(tmp_path):
+    prepare_without_tensorflow(OrthojaxDeep, tmp_path)
+    found = load("orthojax_deep", str(tmp_path), test_split="validation", cache_dir=str(tmp_path))
+    pixels = dict(zip(found.train.labels.tolist(), found.train.images, strict=True))
+    assert (pixels[0] == 0x12).all() and (pixels[1] == 7).all()
+
+
+@pytest.fixture
+def without_code(copy):
+    """The directory of a set that TFDS knows from its files alone: `strange`."""
+    directory = copy / "strange" / "1.0.0"
+    (copy / "digits" / "1.0.0").rename((directory.parent.mkdir(), directory)[1])
+    for path in directory.iterdir():
+        if path.suffix == ".json":
+            path.write_text(path.read_text().replace('"digits"', '"strange"'))
+        path.rename(path.with_name(path.name.replace("digits", "strange")))
+    return directory
+
+
+def test_a_set_without_code_is_read_by_the_features_in_its_files(without_code, tmp_path):
+    found = load("strange", str(without_code.parents[1]), cache_dir=str(tmp_path / "cache"))
+    assert found.train.images.shape == (1437, 8, 8, 1)
+
+
+def test_a_set_runs_no_code_of_its_own(without_code, tmp_path, monkeypatch):
+    (tmp_path / "strange_module.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = without_code / "features.json"
+    known = "tensorflow_datasets.core.features.image_feature.Image"
+    features.write_text(features.read_text().replace(known, "strange_module.Image"))
+    with pytest.raises(DatasetError, match="'strange_module.Image', and reading it would run"):
+        load("strange", str(without_code.parents[1]))
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"type": "tensorflow_datasets.x.Y"}'])
+def test_a_damaged_description_is_named(without_code, damage):
+    (without_code / "features.json").write_text(damage)
+    with pytest.raises(DatasetError, match="'strange' cannot be used: .+"):
+        load("strange", str(without_code.parents[1]))
+
+
+def test_sets_whose_code_would_be_fetched_are_refused(tmp_path):
+    with pytest.raises(DatasetError, match="'kaggle:cats' is another repository's"):
+        load("kaggle:cats", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["run[1]", "a*b", "a?b", "two\nlines"])
+def test_a_data_dir_that_tfds_takes_for_a_pattern_is_refused_before_it_is_made(name, tmp_path):
+    with pytest.raises(DatasetError, match="TFDS reads nothing below a directory with"):
+        load("digits", str(tmp_path / name))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_data_dir_of_unusual_letters(tmp_path):
+    place = tmp_path / "a:b c" / "größe 100% {x}"
+    for _ in range(2):
+        assert len(load("digits", str(place), cache_dir=str(place)).test) == 360
 
 
 def test_a_data_dir_may_start_with_a_tilde(tmp_path, monkeypatch):

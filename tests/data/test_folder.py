@@ -18,7 +18,8 @@ import orthojax
 from orthojax import data
 from orthojax.data import jpeg, sampler
 from orthojax.data.folder import files
-from orthojax.errors import DatasetError
+from orthojax.errors import DatasetError, WorkdirError
+from orthojax.inference.evaluation import evaluate
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
 from tests.training.tiny import tiny_config
@@ -97,6 +98,60 @@ def test_worker_processes_change_nothing(root):
     batches.close()
 
 
+def test_links_are_followed_and_what_is_left_out_is_said(copy, tmp_path, capsys):
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(copy / "train" / "ant", elsewhere)
+    (copy / "train" / "dog").symlink_to(elsewhere)
+    (copy / "train" / "bee" / "2025").symlink_to(elsewhere)
+    (copy / "train" / "cow" / "one.jpg").symlink_to(elsewhere / "00.jpg")
+    for place in ("bee/.ipynb_checkpoints", "cow/below/.thumbnails"):
+        (copy / "train" / place).mkdir(parents=True)
+        shutil.copy(elsewhere / "00.jpg", copy / "train" / place)
+    shutil.copy(elsewhere / "00.jpg", copy / "train" / "of_no_class.jpg")
+    capsys.readouterr()
+    found = files(copy, "train")
+    assert np.bincount(found.labels).tolist() == [8, 11 + 8, 8 + 1, 8]
+    told = capsys.readouterr().err
+    assert "train: left out, as hidden or no picture of a class: .hidden" in told
+    assert told.count("\n") == 1 and "and 2 more" in told
+    data.load("folder", str(copy), **OPTIONS, train_split="test")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("link", "target", "message"),
+    [
+        ("bee/gone.png", "unmounted.png", "bee/gone.png is a link to unmounted.png, which is not"),
+        ("bee/2025", "unmounted", "bee/2025 is a link to unmounted, which is not there"),
+        ("dog", "unmounted", "train/dog is a link to unmounted, which is not there"),
+        ("bee/back", "..", "bee/back is a link back to a folder that it lies in"),
+        ("dog", ".", "train/dog is a link back to a folder that it lies in"),
+    ],
+)
+def test_a_link_that_leads_to_no_picture_is_an_error(copy, link, target, message):
+    (copy / "train" / link).symlink_to(target)
+    with pytest.raises(DatasetError, match=message):
+        files(copy, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_broken_pictures_is_refused_at_the_start(copy, split):
+    for path in (copy / split).glob("*/**/*.*"):
+        path.write_bytes(b"x")
+    with pytest.raises(DatasetError, match=f"{split}/ant/00.jpg of split .* put whole pictures"):
+        data.load("folder", str(copy), **OPTIONS)
+
+
+def test_pictures_that_all_break_later_are_named(copy):
+    dataset = data.load("folder", str(copy), **OPTIONS)
+    for path in copy.glob("*/*/**/*.*"):
+        path.write_bytes(b"x")
+    with pytest.warns(UserWarning), pytest.raises(DatasetError, match="not one of 24 images in a"):
+        list(dataset.test_batches(16))
+    with pytest.raises(DatasetError, match="not one of 100 images in a row can be decoded"):
+        next(dataset.train_batches(4, seed=0))
+
+
 def test_broken_files_are_replaced_and_counted(copy):
     for name in ("00.jpg", "01.jpg"):
         path = copy / "train" / "cow" / name
@@ -108,7 +163,7 @@ def test_broken_files_are_replaced_and_counted(copy):
         for _ in range(3):
             next(batches)
     assert "2 images of split 'train'" in str(told[-1].message)
-    with pytest.warns(UserWarning, match="split 'test' .* is left out"):
+    with pytest.warns(UserWarning, match="test/ant/03.jpg of split 'test' .* is left out"):
         masks = [batch["mask"].sum() for batch in dataset.test_batches(24)]
     assert sum(masks) == 23
 
@@ -201,3 +256,44 @@ def test_bytes_of_a_picture_decide_and_not_its_name(root, trained, tmp_path):
     net = orthojax.load(trained[0])
     expected = net.predict(root / "test" / "ant" / "00.jpg")
     np.testing.assert_allclose(net.predict(tmp_path / "picture.jpg"), expected, atol=1e-5)
+
+
+def contents(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def rename_a_class(root):
+    for split in ("train", "test"):
+        (root / split / "bee").rename(root / split / "a_bee")
+
+
+def add_a_class(root):
+    for split in ("train", "test"):
+        shutil.copytree(root / split / "cow", root / split / "dog")
+
+
+@pytest.mark.parametrize("change", [rename_a_class, add_a_class])
+@pytest.mark.parametrize("steps", [60, 80])
+def test_a_run_on_other_classes_is_refused_before_anything_is_written(
+    copy, trained, tmp_path, change, steps
+):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    change(copy)
+    before, config = contents(workdir), folder_config(copy)
+    config.steps = steps
+    with pytest.raises(WorkdirError, match="trained on other data .*\n  class_names: 'ant', 'bee'"):
+        train_and_evaluate(config, workdir)
+    assert contents(workdir) == before
+
+
+def test_labels_are_compared_by_name(copy, trained):
+    net = orthojax.load(trained[0])
+    for split in ("train", "test"):
+        shutil.rmtree(copy / split / "ant")
+    fewer = data.load("folder", str(copy), **OPTIONS)
+    found = evaluate(net, fewer.test_batches(16), fewer.preprocessing.class_names)
+    assert found.accuracy > 0.9 and found.confusion.sum(axis=1).tolist() == [0, 8, 8]
+    rename_a_class(copy)
+    other = data.load("folder", str(copy), **OPTIONS)
+    with pytest.raises(DatasetError, match="the class 'a_bee', which the net does not have: it"):
+        evaluate(net, other.test_batches(16), other.preprocessing.class_names)

@@ -7,9 +7,21 @@ import jax
 import numpy as np
 import pytest
 
-from orthojax.data import Split, TrainIterator, augment, eval_batches, normalize
+from orthojax.data import (
+    Split,
+    TrainIterator,
+    augment,
+    dataset,
+    eval_batches,
+    fake_data,
+    implementation,
+    load,
+    normalize,
+)
+from orthojax.data.augmentation import augment_photographs
+from orthojax.data.preprocessing import Preprocessing
 from orthojax.data.sampler import epoch_permutation
-from orthojax.errors import DatasetError
+from orthojax.errors import ConfigError, DatasetError
 
 
 def numbered(size):
@@ -113,12 +125,88 @@ def test_batches_own_their_memory():
 def test_impossible_batch_sizes():
     with pytest.raises(DatasetError, match="batch_size 11 .* 10 images"):
         TrainIterator(numbered(10), 11, seed=0)
-    with pytest.raises(DatasetError, match="batch_size 0 is not positive"):
+    with pytest.raises(ConfigError, match="batch_size=0 must be an integer of at least 1"):
         TrainIterator(numbered(10), 0, seed=0)
-    with pytest.raises(DatasetError, match="batch_size -1 is not positive"):
+    with pytest.raises(ConfigError, match="batch_size=-1 must be"):
         eval_batches(numbered(10), -1)
-    with pytest.raises(ValueError, match="non-negative"):
+    with pytest.raises(ConfigError, match="seed=-1 must be an integer of at least 0"):
         TrainIterator(numbered(10), 4, seed=-1)
+
+
+NO_INTEGER = (None, "3", 1.5, np.nan, True, -2, np.array([1]))
+NO_FLAG = (None, 2, "no", np.ones(2))
+PIXELS = np.zeros((3, 4, 4, 3), np.uint8)
+NO_PIXELS = (None, "x", 3, PIXELS / 255, PIXELS[0], PIXELS.astype(np.int32))
+NO_DEVIATION = ("x", np.nan, 0.0, -1.0, np.ones(2), np.ones((7, 1, 1, 1)))
+KEY = jax.random.key(0)
+
+
+PLAIN = {"mean": 0.0, "std": 1.0}
+
+
+WRONG = [
+    ("batch_size", lambda v: TrainIterator(numbered(10), v, 0), (*NO_INTEGER, 0)),
+    ("batch_size", lambda v: eval_batches(numbered(10), v), (*NO_INTEGER, 0, 10**15)),
+    ("seed", lambda v: TrainIterator(numbered(10), 2, v), NO_INTEGER),
+    ("rows", lambda v: TrainIterator(numbered(10), 2, 0, v), ([2], [-1], [1, 0], [0.5], 1, [[0]])),
+    ("rows", lambda v: eval_batches(numbered(10), 2, v), ([2], [-1], [0, 0])),
+    ("split", lambda v: TrainIterator(v, 2, 0), (None, PIXELS)),
+    ("state", lambda v: TrainIterator(numbered(10), 2, 0).set_state(v), (None, {}, 3)),
+    ("images", lambda v: Split(v, np.zeros(3, np.int32)), NO_PIXELS),
+    ("labels", lambda v: Split(PIXELS, v), (None, np.zeros(3), np.zeros(2, np.int32))),
+    ("images", lambda v: normalize(v, **PLAIN), NO_PIXELS),
+    ("std", lambda v: normalize(PIXELS, **{**PLAIN, "std": v}), NO_DEVIATION),
+    ("mean", lambda v: normalize(PIXELS, **{**PLAIN, "mean": v}), ("x", np.inf, np.ones(2))),
+    ("images", lambda v: augment(v, KEY, **PLAIN, flip=False), NO_PIXELS),
+    ("flip", lambda v: augment(PIXELS, KEY, **PLAIN, flip=v), NO_FLAG),
+    ("key", lambda v: augment(PIXELS, v, **PLAIN, flip=True), (None, 0, "key")),
+    (
+        "color_std",
+        lambda v: augment_photographs(PIXELS, KEY, flip=True, color_std=v),
+        (None, "x", np.nan, -0.1),
+    ),
+    (
+        "images",
+        lambda v: augment_photographs(v, KEY, flip=True, color_std=0.0),
+        (*NO_PIXELS, PIXELS[..., :1]),
+    ),
+    ("images", lambda v: dataset.average_pool(v, 2), NO_PIXELS),
+    ("size", lambda v: dataset.average_pool(PIXELS, v), (*NO_INTEGER, 0, 3)),
+    ("images", lambda v: dataset.pixel_statistics(v), (*NO_PIXELS, PIXELS[:0])),
+    ("downsample", lambda v: load("digits", downsample=v), NO_INTEGER),
+    ("flip", lambda v: load("digits", flip=v), NO_FLAG),
+    ("train_split", lambda v: load("digits", train_split=v), (None, 3, "")),
+    ("cache_dir", lambda v: load("digits", cache_dir=v), (3, b"here")),
+    ("data_dir", lambda v: load("digits", v), (3, b"here", ["here"])),
+    ("data_dir", lambda v: load("folder", v), (3, b"here")),
+    ("name", lambda v: load(v), (None, 3, b"digits")),
+    ("section", lambda v: implementation(v), (None, 3, "digits")),
+    ("resize", lambda v: fake_data("imagenet2012", resize=v), (*NO_INTEGER, 0, 10**9)),
+    ("crop", lambda v: fake_data("imagenet2012", crop=v), (*NO_INTEGER, 0, 257)),
+    ("workers", lambda v: fake_data("imagenet2012", workers=v), NO_INTEGER[1:]),
+    ("threads", lambda v: fake_data("imagenet2012", threads=v), (*NO_INTEGER, 0)),
+    ("color_std", lambda v: fake_data("imagenet2012", color_std=v), (None, "x", np.nan, -1)),
+    ("image_shape", lambda v: Preprocessing(v, ("a",)), (None, 3, (4, 4), (4, 0, 3), "abc")),
+    ("class_names", lambda v: Preprocessing((4, 4, 3), v), ("ab", (), (1, 2), ("a", "a"))),
+    ("resize", lambda v: Preprocessing((4, 4, 3), ("a",), resize=v), (*NO_INTEGER, 3)),
+    ("mean", lambda v: Preprocessing((4, 4, 3), ("a",), v), (np.zeros(3),)),
+    ("std", lambda v: Preprocessing((4, 4, 3), ("a",), np.zeros(3), v), NO_DEVIATION),
+    ("path", lambda v: Preprocessing((4, 4, 3), ("a",)).read(v), (None, 3, b"x.png")),
+    ("images", lambda v: Preprocessing((4, 4, 3), ("a",)).normalize(v), NO_PIXELS),
+]
+
+
+@pytest.mark.parametrize(("name", "call", "values"), WRONG)
+def test_wrong_arguments_are_refused_by_name(name, call, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^{name}(=| of shape ).* must be "):
+            call(value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    batches = TrainIterator(numbered(10), np.int64(4), np.uint8(0), np.arange(2))
+    assert next(batches)["label"].shape == (2,)
+    assert normalize(PIXELS, mean=np.float64(0), std=np.float32(1)).shape == PIXELS.shape
 
 
 @pytest.mark.parametrize("size, batch_size", [(10, 4), (10, 5), (10, 10), (10, 16), (10, 1)])

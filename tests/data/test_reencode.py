@@ -13,7 +13,7 @@ simplejpeg = pytest.importorskip("simplejpeg")
 pytest.importorskip("cv2")
 
 from orthojax.data import fake_data, jpeg, load, prepare, reencode, source  # noqa: E402
-from orthojax.errors import DatasetError  # noqa: E402
+from orthojax.errors import DatasetError, UserError  # noqa: E402
 from tests.data.prepare_data import prepare_data  # noqa: E402
 
 NAME, CONFIG, SIZE = "orthojax_photographs", "summer", 24
@@ -264,16 +264,16 @@ def test_damaged_records_are_told(data_dir, damage):
         (dict(name=f"{NAME}_12"), f"prepare_data.py {NAME} .*--resize=12"),
         (dict(name="no_such_set_256"), "unknown data set 'no_such_set_256'"),
         (dict(name="orthojax_squares_256"), "unknown data set 'orthojax_squares_256'"),
-        (dict(size=0), f"resize=0 of data set '{NAME}' is less than 1 pixel"),
-        (dict(quality=0), "quality=0 of JPEGs is not from 1 to 100"),
+        (dict(size=0), "size=0 must be an integer of at least 1"),
+        (dict(quality=0), "quality=0 must be an integer of at least 1 and at most 100"),
         (dict(quality=101), "quality=101"),
-        (dict(workers=0), "workers=0 is less than 1"),
+        (dict(workers=0), "workers=0 must be an integer of at least 1"),
     ],
 )
 def test_what_cannot_be_used_is_named(data_dir, arguments, message):
     before = files(data_dir)
     call = {"name": NAME, "size": SIZE, "data_dir": str(data_dir), "workers": 1, **arguments}
-    with pytest.raises(DatasetError, match=message):
+    with pytest.raises(UserError, match=message):
         reencode.reencode(**call)
     assert files(data_dir) == before
 

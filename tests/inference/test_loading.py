@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 
 import jax
 import numpy as np
@@ -126,13 +127,83 @@ def test_a_file_is_what_its_pixels_are(classifier, digits, tmp_path):
         (np.zeros((2, 8, 8, 1), np.float32), r"images are float32 \(2, 8, 8, 1\), and must be"),
         (np.zeros((2, 9, 8, 1), np.uint8), r"must be uint8 \(N, 8, 8, 1\)"),
         ("there_is_none.png", "there_is_none.png: No such file"),
-        ([1, 2], "neither one uint8 array nor paths"),
+        ([1, 2], "neither one uint8 array nor paths of pictures: among them is int 1"),
+        ({"a.png"}, "must be one uint8 array, or paths of pictures in an order"),
+        (None, "images are NoneType None"),
+        ("zero\0.png", "null (byte|character)"),
         (__file__, "test_loading.py is no picture"),
     ],
 )
 def test_what_is_no_image_is_named(classifier, images, message):
     with pytest.raises(DatasetError, match=message):
         classifier.predict(images)
+
+
+def test_pictures_come_from_any_iterable(classifier, digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("orthojax.inference.classifier.LARGEST_BATCH", 2)
+    for row in range(3):
+        PIL.Image.fromarray(digits.test.images[row, ..., 0]).save(tmp_path / f"{row}.png")
+    expected = classifier.predict(digits.test.images[:3])
+    paths = sorted(tmp_path.glob("*.png"))
+    for images in (iter(paths), tuple(paths), dict.fromkeys(paths)):
+        np.testing.assert_allclose(classifier.predict(images), expected, rtol=1e-4, atol=1e-6)
+    assert classifier.predict(tmp_path.glob("*.jpg")).shape == (0, 10)
+    with pytest.raises(DatasetError, match="no image whose statistics"):
+        classifier.recalibrated([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label": [10, 0]}, "there is a label 10, and labels are 0 to 9"),
+        ({"label": [0, -1]}, "there is a label -1"),
+        ({"label": [0.0, 1.0]}, r"labels are float64 \(2,\)"),
+        ({"mask": None}, "a batch has no 'mask'; give those of `Dataset.test_batches`"),
+        ({"mask": [0.0, 0.0]}, "no image in these batches"),
+        ({"image": np.zeros((2, 4, 4, 1), np.uint8)}, r"must be uint8 \(N, 8, 8, 1\)"),
+    ],
+)
+def test_batches_that_cannot_be_evaluated_are_named(classifier, changes, message):
+    batch = {"image": np.zeros((2, 8, 8, 1), np.uint8), "label": [0, 1], "mask": [1.0, 1.0]}
+    batch = {k: np.asarray(v) for k, v in {**batch, **changes}.items() if v is not None}
+    with pytest.raises(DatasetError, match=message):
+        evaluate(classifier, [batch])
+
+
+def test_small_images_are_read_as_photographs_are(tmp_path, monkeypatch):
+    """The upper half of 16 bits; what has no known range or too many pixels is refused."""
+    given = Preprocessing((32, 32, 1), ("a",), np.zeros((32, 32, 1)), np.ones((32, 32, 1)))
+    ramp = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    for name in ("deep.png", "deep.tif"):
+        PIL.Image.fromarray(ramp).save(tmp_path / name)
+        np.testing.assert_array_equal(given.read(tmp_path / name)[..., 0], ramp >> 8)
+    PIL.Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DatasetError, match="float.tif .*mode F has no known range"):
+        given.read(tmp_path / "float.tif")
+    tiff = (tmp_path / "deep.tif").read_bytes()
+    for tag, value in ((262, 0), (258, 12)):  # levels from white to black, or of 12 bits
+        head = struct.pack("<HHI", tag, 3, 1)
+        at = tiff.index(head) + len(head)
+        (tmp_path / "other.tif").write_bytes(tiff[:at] + bytes([value]) + tiff[at + 1 :])
+        with pytest.raises(DatasetError, match="other.tif .*12 bits, or of levels from white"):
+            given.read(tmp_path / "other.tif")
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 500)
+    for name in ("large.png", "large.jpg"):
+        PIL.Image.new("RGB", (40, 40)).save(tmp_path / name)
+        with pytest.raises(DatasetError, match=f"{name} is no picture that can be read: Decomp"):
+            given.read(tmp_path / name)
+
+
+def test_pictures_are_read_without_the_extra_too(tmp_path, monkeypatch):
+    from orthojax.data import jpeg
+
+    monkeypatch.setattr(jpeg, "simplejpeg", None)
+    monkeypatch.setattr(jpeg, "cv2", None)
+    PIL.Image.new("RGB", (40, 40), (9, 200, 9)).save(tmp_path / "picture.jpg")
+    small = Preprocessing((8, 8, 3), ("a",), np.zeros((8, 8, 3)), np.ones((8, 8, 3)))
+    assert np.abs(small.read(tmp_path / "picture.jpg") - np.array([9, 200, 9.0])).max() < 3
+    with pytest.raises(DatasetError, match=r"photographs needs OpenCV: pip install .*\[imagenet\]"):
+        Preprocessing((8, 8, 3), ("a",), resize=9).read(tmp_path / "picture.jpg")
 
 
 def test_statistics_of_other_images(classifier, digits):
