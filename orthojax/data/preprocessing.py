@@ -85,17 +85,28 @@ class Preprocessing:
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """The inverse of `to_json`.
 
+        Raises:
+          DatasetError: a key is missing, or holds what no preprocessing has; the message names it.
+
         Example:
           >>> given = Preprocessing((1, 1, 1), ("a", "b"), np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
           >>> Preprocessing.from_json(given.to_json()).class_names
           ('a', 'b')
         """
-        arrays = {
-            name: None if values[name] is None else np.asarray(values[name], np.float32)
-            for name in ("mean", "std")
-        }
-        shape, names = tuple(values["image_shape"]), tuple(values["class_names"])
-        return cls(shape, names, **arrays, resize=values["resize"])
+        keys = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or not set(keys) <= set(values):
+            raise DatasetError(f"it must be a section with the keys {', '.join(keys)}")
+        shape, names, resize = values["image_shape"], values["class_names"], values["resize"]
+        if not (isinstance(shape, list) and len(shape) == 3 and all(map(_is_size, shape))):
+            raise DatasetError(f"`image_shape` is {shape!r}; it must be three sizes above 0")
+        if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+            raise DatasetError(f"`class_names` is {names!r}; it must be a list of names")
+        if not (resize == 0 or _is_size(resize) and resize >= max(shape[:2])):
+            raise DatasetError(f"`resize` is {resize!r}; it must be 0, or no less than {shape[0]}")
+        mean, std = (_statistics(name, values[name], shape) for name in ("mean", "std"))
+        if (mean is None) != (std is None) or (std is not None and not (std > 0).all()):
+            raise DatasetError("`std` must be above 0 everywhere, and null where `mean` is")
+        return cls(tuple(shape), tuple(names), mean, std, resize=resize)
 
     def _picture(self, encoded: bytes) -> np.ndarray:
         height, width, channels = self.image_shape
@@ -115,6 +126,22 @@ class Preprocessing:
         margin = (self.resize - self.image_shape[0]) // 2
         jpeg.crop_into(out, encoded, self.resize, margin, margin)
         return out
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _statistics(name: str, value: Any, shape: list[int]) -> np.ndarray | None:
+    if value is None:
+        return None
+    try:
+        array = np.asarray(value, np.float32)
+    except (ValueError, TypeError):
+        array = np.zeros(0)
+    if list(array.shape) != shape or not np.isfinite(array).all():
+        raise DatasetError(f"`{name}` must be finite numbers of the shape {shape}, or null")
+    return array
 
 
 def named(class_names: tuple[str, ...], num_classes: int) -> tuple[str, ...]:

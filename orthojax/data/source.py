@@ -15,6 +15,7 @@ import tqdm
 
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
+from orthojax.storage.paths import name_fault
 
 _CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
 _PROGRESS_SECONDS = 1.0  # what is over sooner says nothing
@@ -120,6 +121,8 @@ def _builder(name: str, data_dir: str | None) -> Any | None:
     from orthojax.data import bundled  # noqa: F401  (defining classes registers them with TFDS)
 
     data_dir = os.path.expanduser(data_dir or os.environ.get("TFDS_DATA_DIR") or "") or None
+    if data_dir and (fault := name_fault(data_dir)):
+        raise DatasetError(f"data_dir: {fault}")
     try:
         with quiet():
             return tfds.builder(name, data_dir=data_dir)

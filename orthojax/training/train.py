@@ -25,7 +25,15 @@ from orthojax.sites import weights_only
 from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics
 from orthojax.storage.paths import to_path
-from orthojax.storage.workdir import claim, failures_explained, write_json_atomic
+from orthojax.storage.workdir import (
+    CONFIG,
+    check_owned,
+    check_workdir,
+    claim,
+    failures_explained,
+    seal,
+    write_json_atomic,
+)
 from orthojax.training.compiled import compile_steps
 from orthojax.training.experiment import Experiment, build
 from orthojax.training.interrupt import stop_on_signals
@@ -71,6 +79,7 @@ def train_and_evaluate(
       Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
     """
     workdir = to_path(workdir)
+    on_first_process(lambda: check_workdir(workdir))
     experiment = build(config)
     with failures_explained(workdir):
         on_first_process(lambda: _claim(workdir, config, experiment.dataset))
@@ -81,6 +90,7 @@ def train_and_evaluate(
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
     claim(workdir, config)
     write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
+    seal(workdir, CONFIG, preprocessing.FILE)
 
 
 def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) -> dict[str, Any]:
@@ -95,7 +105,7 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
         progress.message(_describe(experiment))
         source = None
         if settings.init_from is not None and checkpointer.latest_step() is None:
-            source = read_trained(settings.init_from)
+            source = read_trained(settings.init_from, own_net=settings.model.get("name"))
         programs = compile_steps(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
         batches = experiment.dataset.train_batches(
@@ -118,6 +128,8 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
         if is_first():
             resume_step = first_step if restored else None
             writer = MetricWriter(workdir, settings.tensorboard, resume_step)
+            # Before every save, which would make the directory anew.
+            callbacks = [lambda *_: check_owned(workdir), *callbacks]
         stack.enter_context(writer)
         # From here on there is something to save.
         request = stack.enter_context(stop_on_signals())
@@ -139,6 +151,7 @@ def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) 
         "resumed_from_step": first_step,
     }
     if is_first():
+        check_owned(workdir)
         _draw(workdir)
         write_summary(workdir, summary)  # last: it says that the run has finished
     return summary
