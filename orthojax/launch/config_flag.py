@@ -136,7 +136,8 @@ def _existing_config(path):
         return given.absolute()
     shipped = shipped_configs()
     # `configs/cifar10_plain.py` too, from anywhere; but not somebody's own directory.
-    if given.stem in shipped and str(given.parent) in (".", "configs"):
+    named = given.name in (given.stem, f"{given.stem}.py")
+    if named and given.stem in shipped and str(given.parent) in (".", "configs"):
         return shipped[given.stem]
     return None
 

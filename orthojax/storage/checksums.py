@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from orthojax.errors import WorkdirError
-from orthojax.storage.paths import inside, leads_outside, to_path, write_atomic
+from orthojax.storage.paths import foreign, inside, to_path, write_atomic
 
 CHECKSUMS = "checksums.json"
 
@@ -68,8 +68,7 @@ def find_damage(directory: str | os.PathLike, only: str = "") -> str | None:
         RecursionError,
     ):  # no JSON, or JSON of another kind
         return f"{CHECKSUMS} is damaged"
-    link = leads_outside(directory)
-    return link and f"{link} is a link that leads out of it"
+    return foreign(directory)
 
 
 def _files(path: Any) -> list[Any]:

@@ -107,16 +107,22 @@ def inside(directory: Any, name: str) -> Any:
     return directory / name
 
 
-def leads_outside(directory: Any) -> str | None:
-    """The first link in a directory and below that leads out of it, or None."""
+def foreign(directory: Any) -> str | None:
+    """Says what in a directory, or below, is neither a file nor a directory of it; None is nothing.
+
+    That is a link that leads out of it, a device, a pipe.
+    """
     if is_remote(directory):
         return None
     root = os.path.realpath(directory)
     for place, directories, files in os.walk(directory):
         for name in (*directories, *files):
             path = os.path.join(place, name)
-            if os.path.islink(path) and not _is_below(os.path.realpath(path), root):
-                return path
+            if os.path.islink(path):
+                if not _is_below(os.path.realpath(path), root):
+                    return f"{path} is a link that leads out of {directory}"
+            elif os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                return f"{path} is no file"
     return None
 
 

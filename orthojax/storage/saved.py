@@ -72,7 +72,7 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
     if fault := name_fault(directory, NEVER):
         raise WorkdirError(fault)
     for _ in range(_ATTEMPTS):
-        looked_at = None
+        looked_at, damaged, out = None, True, ""
         try:
             steps = saved_steps(directory)
             if not steps:
@@ -84,6 +84,7 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
             checkpoint = directory / str(looked_at)
             if not is_remote(directory) and (damage := find_damage(checkpoint)):
                 raise WorkdirError(damage)
+            damaged = False
             return read(checkpoint), looked_at
         except Exception as error:  # orbax raises many, where files go that it reads
             if looked_at is None:
@@ -93,9 +94,10 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
             time.sleep(_SECONDS)
             if before is None or _listing(checkpoint) != before:
                 continue
-            others = [number for number in steps if number != looked_at]
-            out = f"choose one of {_numbers(others)}" if others else "there is no other"
-            raise WorkdirError(f"{checkpoint} cannot be read: {error}\n{out}") from error
+            if damaged:
+                others = [number for number in steps if number != looked_at]
+                out = f"\nChoose one of {_numbers(others)}" if others else "\nThere is no other"
+            raise WorkdirError(f"{checkpoint} cannot be read: {error}{out}") from error
     raise WorkdirError(
         f"the checkpoints in {directory} are removed faster than they can be read; name a step "
         "that stays, such as best, or try again when training has ended"

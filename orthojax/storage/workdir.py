@@ -22,9 +22,9 @@ from orthojax.errors import WorkdirBusyError, WorkdirError, is_permanent
 from orthojax.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from orthojax.storage.paths import (
     TEMPORARY,
+    foreign,
     inside,
     is_remote,
-    leads_outside,
     name_fault,
     set_aside,
     to_path,
@@ -95,13 +95,10 @@ def claim(workdir: str | os.PathLike, config: Mapping) -> None:
     """
     workdir, config = to_path(workdir), to_json(config)
     _open_directory(workdir)
+    if fault := foreign(workdir):
+        raise WorkdirError(f"{fault}; put a file in its place, or choose another --workdir")
     if not is_remote(workdir):
         _lock(workdir)
-    if link := leads_outside(workdir):
-        raise WorkdirError(
-            f"{link} is a link that leads out of {workdir}, and training would write there; put "
-            "what it leads to in its place, or choose another --workdir"
-        )
     if (workdir / CONFIG).exists():
         saved = _read_json(workdir / CONFIG)
         _refuse(workdir, _changes(saved, config, (*_WITHOUT_EFFECT, "steps:")))

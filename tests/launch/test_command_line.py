@@ -109,7 +109,7 @@ def test_a_path_may_have_a_colon(flags, tmp_path, place):
         ("compare_orthogonality", ["--output=file/here"]),
         ("reproduce", ["theory", "--workdir=file"]),
         ("prepare_data", ["digits", "--data_dir=file"]),
-        ("train", ["--workdir=file/run", "--config.dataset.name=nonsense"]),
+        ("train", ["--workdir=file/run", "--config.dataset.train_split=nonsense"]),
     ],
 )
 def test_what_cannot_be_written_is_refused_before_the_work(

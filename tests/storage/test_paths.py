@@ -18,15 +18,15 @@ from orthojax.storage.checksums import find_damage, write_checksums
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.storage.paths import (
     check_output,
+    foreign,
     inside,
     is_remote,
-    leads_outside,
     name_fault,
     output_directory,
     to_path,
     write_atomic,
 )
-from orthojax.storage.workdir import claim, write_json_atomic
+from orthojax.storage.workdir import claim, read_run_file, seal, write_json_atomic
 
 CONFIG = {"seed": 0, "optimizer": {"learning_rate": 0.1}, "mesh": {"data": 1}}
 
@@ -82,6 +82,15 @@ def test_metrics_are_there_after_every_record_and_trimmed_on_resume(bucket):
         steps = [record["step"] for record in read_metrics(bucket)]
         assert steps == sorted(set(steps))
     assert steps == [1, 2, 5, 9, 10, 11, 12]
+
+
+def test_what_a_run_consists_of_has_checksums_there_too(bucket):
+    write_json_atomic(f"{bucket}/config.json", {"seed": 0})
+    seal(bucket, "config.json")
+    assert read_run_file(bucket, "config.json") == {"seed": 0}
+    write_json_atomic(f"{bucket}/config.json", {"seed": 1})
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
+        read_run_file(bucket, "config.json")
 
 
 def test_pictures_and_json_arrive_whole(bucket):
@@ -161,7 +170,7 @@ def test_nothing_of_a_directory_is_outside_of_it(tmp_path):
     (run / "state" / "kernel").write_text("1.0")
     (run / "alias").symlink_to(run / "state" / "kernel")
     write_checksums(run, ["state"])
-    assert leads_outside(run) is None and find_damage(run) is None
+    assert foreign(run) is None and find_damage(run) is None
     names = [str(secret), "../secret", "state/../../secret", "link", "."]
     (run / "link").symlink_to(secret)
     for name in names:
@@ -169,7 +178,10 @@ def test_nothing_of_a_directory_is_outside_of_it(tmp_path):
             inside(run, name)
         (run / "checksums.json").write_text(json.dumps({name: "0"}))
         assert "leads out" in find_damage(run) or "is no file" in find_damage(run)
-    assert leads_outside(run) == str(run / "link")
+    assert f"{run / 'link'} is a link that leads out" in foreign(run)
+    (run / "link").unlink()
+    os.mkfifo(run / "state" / "pipe")  # which whoever opens it waits for
+    assert "pipe is no file" in foreign(run)
     assert pathlib.Path(inside(run, "state/kernel")).read_text() == "1.0"
 
 

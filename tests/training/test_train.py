@@ -181,8 +181,8 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path, checkpoints, capsys
     assert train_and_evaluate(config_of(log_every=5), workdir) == finished[1]
     told = capsys.readouterr().err
     assert "has finished its 20 steps" in told and ("gone" in told) == (checkpoints == "deleted")
-    config = {workdir / "config.json": (workdir / "config.json").read_bytes()}  # of log_every
-    assert files_of(workdir) == before | config
+    config = [workdir / "config.json", workdir / "checksums.json"]  # of log_every
+    assert files_of(workdir) == before | {path: path.read_bytes() for path in config}
 
 
 def test_more_steps_and_other_intervals_are_the_same_run_and_longer(finished, tmp_path, capsys):
