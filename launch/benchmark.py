@@ -62,8 +62,10 @@ def main() -> int:
 
     from orthojax.analysis.measurements import draw, read, regressions, save, table
     from orthojax.errors import UserError
+    from orthojax.storage.paths import output_directory, write_atomic
 
     try:
+        output_directory(arguments.output)
         baseline = read(arguments.baseline) if arguments.baseline.exists() else {}
     except UserError as error:
         parser.error(str(error))
@@ -82,9 +84,8 @@ def main() -> int:
             measure = importlib.import_module(f"benchmarks.{part}").measure
             found += measure(arguments.rounds, arguments.depth, **extras.get(part, {}))
     print(table(found))
-    arguments.output.mkdir(parents=True, exist_ok=True)
     save(arguments.output / "measurements.json", found, **environment())
-    (arguments.output / "measurements.md").write_text(table(found) + "\n")
+    write_atomic(arguments.output / "measurements.md", (table(found) + "\n").encode())
     draw(found, arguments.output / "measurements.png")
     worse = regressions(found, baseline)
     print(*(f"worse than {arguments.baseline}: {line}" for line in worse), sep="\n", end="")

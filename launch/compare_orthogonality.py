@@ -22,7 +22,8 @@ import sys
 
 from environment import environment
 from orthojax.console import escape_what_cannot_be_encoded
-from orthojax.storage.paths import local_path
+from orthojax.errors import UserError
+from orthojax.storage.paths import local_path, output_directory, write_atomic
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 WORKERS = pathlib.Path(__file__).resolve().parent / "benchmarks"
@@ -91,6 +92,10 @@ def main() -> int:
     if arguments.torch_python and not shutil.which(arguments.torch_python):
         parser.error(f"--torch_python={arguments.torch_python} is no program")
 
+    try:
+        output_directory(arguments.output)
+    except UserError as error:
+        parser.error(str(error))
     rows, versions = [], {}
     for cores in arguments.cores:
         workers = {"orthojax": Worker(sys.executable, "orthogonality_jax.py", usable[:cores])}
@@ -112,10 +117,9 @@ def main() -> int:
 
 
 def _save(output, versions, rows):
-    output.mkdir(parents=True, exist_ok=True)
     record = {**environment(), "versions": versions, "rows": rows}
-    (output / "comparison.json").write_text(json.dumps(record, indent=1) + "\n")
-    (output / "comparison.md").write_text(table(rows) + "\n")
+    write_atomic(output / "comparison.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(output / "comparison.md", (table(rows) + "\n").encode())
 
 
 def measure(workers, methods, shape, cores, arguments) -> list[dict]:

@@ -19,8 +19,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: it must not look 
 from absl import flags
 
 from orthojax.launch.command_line import run
-from orthojax.launch.config_flag import define_config, load_config, override_words
-from orthojax.storage.paths import local_path
+from orthojax.launch.config_flag import (
+    define_config,
+    load_config,
+    override_words,
+    split_arguments,
+)
+from orthojax.storage.paths import check_output, local_path, output_directory, write_atomic
 
 PACKAGES = ("orthojax", "jax", "jaxlib", "libtpu", "flax", "optax")
 
@@ -39,6 +44,10 @@ def main():
     from orthojax.config.sections import differences, to_json
 
     options = flags.FLAGS
+    file = options.json and local_path(options.json)
+    if file:
+        output_directory(file.parent)
+        check_output(file)
     configs = {flag: found for flag in ("config", "compare") if (found := load_config(flag))}
     devices = tpu_devices(options.topology)
     jax.config.update("jax_enable_compilation_cache", False)  # the compile time is measured
@@ -48,7 +57,7 @@ def main():
     if len(costs) == 2:
         found = differences(configs["compare"], configs["config"])
         print("From the second config to the first:", *(found or ["no difference"]), sep="\n  ")
-    if options.json:
+    if file:
         records = [
             {
                 "name": title,
@@ -59,14 +68,12 @@ def main():
             }
             for config, (title, cost) in zip(configs.values(), costs, strict=True)
         ]
-        file = local_path(options.json)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(records, indent=1) + "\n")
+        write_atomic(file, (json.dumps(records, indent=1) + "\n").encode())
 
 
 def name(flag):
     """The config's name with its arguments, and with what the command line overrides."""
-    path, _, arguments = flags.FLAGS[flag].value.partition(":")
+    path, arguments = split_arguments(flags.FLAGS[flag].value)
     details = [*filter(None, [arguments]), *override_words(flag)]
     return pathlib.Path(path).stem + (f":{','.join(details)}" if details else "")
 

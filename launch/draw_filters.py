@@ -2,55 +2,57 @@
 
 python launch/draw_filters.py OUT.png 'L2=runs/a' 'orthonormal=runs/b'
 
-Each argument is a title and a working directory; its newest checkpoint is taken. No data is needed.
+Each argument is a title and a working directory; its newest checkpoint is taken. No data is needed,
+and the runs may be training.
 """
 
 import argparse
-import json
-import pathlib
+import os
 import sys
 
 import numpy as np
 
 from orthojax.analysis.filters import draw_filters
-from orthojax.config.sections import from_json
+from orthojax.analysis.picture import check_picture
 from orthojax.errors import UserError
-from orthojax.storage.checkpoint import Checkpointer
+from orthojax.inference import load
+from orthojax.launch.command_line import exit_status
 from orthojax.storage.paths import to_path
-from orthojax.training.compiled import abstract_state
-from orthojax.training.experiment import build
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("picture", type=to_path)
+    parser.add_argument("picture")
     parser.add_argument("runs", nargs="+", metavar="TITLE=WORKDIR")
-    options = parser.parse_args(arguments)
+    parser.add_argument(
+        "--own_net",
+        metavar="MODULE:NET",
+        help="of the runs, if it is none of orthojax.models: that module is run",
+    )
+    return exit_status(lambda: draw(parser.parse_args(arguments)))
+
+
+def draw(options):
+    check_picture(options.picture)
     kernels = {}
     for argument in options.runs:
         title, equals, workdir = argument.partition("=")
-        if not equals or not (to_path(workdir) / "config.json").exists():
-            parser.error(f"{argument!r} is not TITLE=WORKDIR of a run (with a config.json in it)")
-        try:
-            kernels[title] = first_kernel(to_path(workdir))
-        except UserError as error:
-            print(f"error: {workdir}: {error}", file=sys.stderr)
-            return 2
+        if not equals:
+            raise UserError(f"{argument!r} is not TITLE=WORKDIR")
+        kernels[title] = first_kernel(to_path(workdir), options.own_net)
     draw_filters(kernels, options.picture)
-    return 0
 
 
-def first_kernel(workdir: pathlib.Path) -> np.ndarray:
+def first_kernel(workdir: str | os.PathLike, own_net: str | None = None) -> np.ndarray:
     """The stem's kernel, (H, W, C, M), of the newest checkpoint."""
-    config = from_json(json.loads((workdir / "config.json").read_text()))
-    config.mesh.data, config.mesh.fsdp = 1, 1
-    with Checkpointer(workdir / "checkpoints") as checkpointer:
-        restored = checkpointer.restore_latest(abstract_state(build(config, records=False)))
-    if restored is None:
-        raise UserError("there is no checkpoint yet")
-    return np.asarray(restored.state.params["stem"]["conv"]["kernel"])
+    try:
+        return np.asarray(
+            load(workdir, "latest", own_net).variables["params"]["stem"]["conv"]["kernel"]
+        )
+    except KeyError:
+        raise UserError(f"the net of {workdir} has no params/stem/conv/kernel to draw") from None
 
 
 if __name__ == "__main__":

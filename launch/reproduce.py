@@ -21,7 +21,7 @@ from orthojax.console import escape_what_cannot_be_encoded, tell
 from orthojax.errors import WorkdirError
 from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.launch.command_line import exit_status, keep_compiled_programs, leave_on_signals
-from orthojax.storage.paths import local_path
+from orthojax.storage.paths import local_path, output_directory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 keep_compiled_programs()
@@ -89,6 +89,8 @@ def reproduce(arguments):
             f"`{arguments.preset}`; choose its --workdir, or leave --resume out to start"
         )
 
+    if not arguments.finished:
+        output_directory(arguments.workdir)
     for name in wanted:
         experiment = importlib.import_module(f"experiments.{name}")
         workdir = arguments.workdir / f"{name}_{arguments.preset}"

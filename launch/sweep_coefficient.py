@@ -10,16 +10,16 @@ import json
 import math
 import pathlib
 import statistics
+import sys
 
 from orthojax import orthonormality_error
-from orthojax.analysis.picture import new_picture, write_picture
+from orthojax.analysis.picture import check_picture, new_picture, write_picture
 from orthojax.configs.digits_plain110 import get_config
 from orthojax.errors import DivergenceError
+from orthojax.inference import load
+from orthojax.launch.command_line import exit_status
 from orthojax.models import unstack_blocks
-from orthojax.storage.checkpoint import Checkpointer
-from orthojax.storage.paths import local_path
-from orthojax.training.compiled import abstract_state
-from orthojax.training.experiment import build
+from orthojax.storage.paths import check_output, local_path, output_directory
 from orthojax.training.train import train_and_evaluate
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,19 +28,26 @@ ERROR = "orthonormality_error"
 PANELS = (("test_accuracy", 100, "test accuracy (%)"), (ERROR, 1, "mean orthonormality error"))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", default=ROOT / "docs" / "coefficient.jsonl", type=local_path)
     parser.add_argument("--workdir", default=ROOT / "runs" / "coefficient", type=local_path)
     arguments = parser.parse_args()
-    output = arguments.output
-    lines = output.read_bytes().splitlines() if output.exists() else []
+    return exit_status(lambda: sweep(arguments.output, arguments.workdir))
+
+
+def sweep(output: pathlib.Path, directory: pathlib.Path) -> None:
+    """Trains what has no record yet, and draws all records."""
+    check_output(output)
+    check_picture(output.with_suffix(".png"))
+    output_directory(directory)
+    lines = output.read_text().splitlines() if output.exists() else []
     records = [json.loads(line) for line in lines]
     finished = {(record["coefficient"], record["seed"]) for record in records}
     for seed in range(3):
         for coefficient in COEFFICIENTS:
             if (coefficient, seed) not in finished:
-                workdir = arguments.workdir / f"coefficient={coefficient:g}-seed={seed}"
+                workdir = directory / f"coefficient={coefficient:g}-seed={seed}"
                 records.append(train(coefficient, seed, workdir))
                 with output.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(records[-1]) + "\n")
@@ -53,16 +60,15 @@ def train(coefficient: float, seed: int, workdir: pathlib.Path) -> dict:
     config.seed, config.model.bn_bias, config.regularizer.coefficient = seed, 1.0, coefficient
     try:
         accuracy = train_and_evaluate(config, workdir)["test_accuracy"]
-        error = statistics.fmean(final_errors(config, workdir))
+        error = statistics.fmean(final_errors(workdir))
     except DivergenceError:
         accuracy = error = None
     return {"coefficient": coefficient, "seed": seed, "test_accuracy": accuracy, ERROR: error}
 
 
-def final_errors(config, workdir: pathlib.Path) -> list[float]:
+def final_errors(workdir: pathlib.Path) -> list[float]:
     """`orthonormality_error` of every layer's kernel in the last checkpoint."""
-    with Checkpointer(workdir / "checkpoints") as saved:
-        params = saved.restore_latest(abstract_state(build(config))).state.params
+    params = load(workdir, "latest").variables["params"]
     return [float(error) for error in orthonormality_error(unstack_blocks(params)).values()]
 
 
@@ -85,4 +91,4 @@ def draw(records: list[dict], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

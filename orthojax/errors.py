@@ -1,5 +1,19 @@
 """Errors that are the user's to mend: each message names the offending thing and the way out."""
 
+import errno
+
+# What the storage says when the same program, started again, would hear the same. Not among them:
+# a server that does not answer, a file that is busy or stale, memory and descriptors used up.
+_PERMANENT = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOTDIR", "EISDIR", "ENOENT", "EEXIST", "ENOTEMPTY"),
+        *("ENAMETOOLONG", "ELOOP", "EILSEQ", "EINVAL", "EXDEV", "ENXIO", "ENODEV", "EFBIG"),
+        *("ENOSPC", "EDQUOT", "EIO", "ENOTSUP", "EOPNOTSUPP", "ENOSYS"),
+    )
+    if hasattr(errno, name)
+}
+
 
 class UserError(Exception):
     """Bad input: a key, a name, a path or a number that cannot be used as given.
@@ -27,3 +41,15 @@ class DivergenceError(UserError, FloatingPointError):
 
 class WorkdirBusyError(WorkdirError):
     """Another process is training in a working directory."""
+
+
+def is_permanent(error: OSError) -> bool:
+    """Whether a refusal of the storage is the user's to mend: starting again would not.
+
+    Example:
+      >>> is_permanent(PermissionError(errno.EACCES, "Permission denied"))
+      True
+      >>> is_permanent(TimeoutError(errno.ETIMEDOUT, "Connection timed out"))
+      False
+    """
+    return error.errno in _PERMANENT

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture, write_picture
+from orthojax.analysis.picture import COLORS, clear_frame, label, new_picture, write_picture
 
 _THIN = {"linewidth": 1.2}
 _MARKED = {"linewidth": 1.8, "marker": "o", "markersize": 3.5}
@@ -63,9 +63,9 @@ def draw_comparison(
         color = COLORS[index % len(COLORS)]
         for seed, records in enumerate(seeds):
             records = list(records)
-            label = name if seed == 0 else None
+            shown = label(name) if seed == 0 else None
             lines.append((records, "train", {"color": color, "alpha": 0.45, **_THIN}))
-            lines.append((records, "test", {"color": color, "label": label, **_MARKED}))
+            lines.append((records, "test", {"color": color, "label": shown, **_MARKED}))
     _draw(lines, path, title)
 
 
@@ -86,7 +86,7 @@ def _draw(lines: list[tuple[list, str, dict]], path: str | os.PathLike, title: s
         clear_frame(axes)
         if axes.lines:
             axes.legend(frameon=False, loc="best")
-    picture.suptitle(title)
+    picture.suptitle(label(title))
     write_picture(picture, path)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from orthojax.analysis.picture import new_picture, write_picture
+from orthojax.analysis.picture import label, new_picture, write_picture
 
 
 def tile_filters(kernel: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -64,6 +64,6 @@ def draw_filters(kernels: Mapping[str, np.ndarray], path: str | os.PathLike) -> 
     for axes, (title, kernel) in zip(panels, kernels.items(), strict=True):
         grid = tile_filters(np.asarray(kernel))
         axes.imshow(grid if grid.shape[-1] == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=1)
-        axes.set_title(title)
+        axes.set_title(label(title))
         axes.set_axis_off()
     write_picture(picture, path)

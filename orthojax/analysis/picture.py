@@ -7,7 +7,11 @@ import pathlib
 import sys
 from typing import Any
 
-from orthojax.storage.paths import write_atomic
+from orthojax.console import printable
+from orthojax.errors import UserError
+from orthojax.storage.paths import check_output, write_atomic
+
+FORMATS = ("png", "svg", "pdf", "jpg", "jpeg", "webp")
 
 # That the color-blind can tell apart (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -41,8 +45,23 @@ def _import_matplotlib() -> None:
         matplotlib.rcParams["backend"] = backend
 
 
+def check_picture(path: str | os.PathLike) -> None:
+    """Finds out, before there is a picture, whether `write_picture` can write it.
+
+    Raises:
+      UserError: its name ends in no format of pictures, or it cannot be written.
+    """
+    kind = pathlib.PurePath(path).suffix[1:].lower()
+    if kind not in FORMATS:
+        raise UserError(f"{os.fspath(path)!r} is the name of no picture; end it in .png or .svg")
+    check_output(path)
+
+
 def write_picture(picture: Any, path: str | os.PathLike) -> None:
-    """Writes a picture as what the path ends in, `.png` or `.svg`.
+    """Writes a picture as what the path ends in, one of `FORMATS`.
+
+    Raises:
+      UserError: see `check_picture`.
 
     Example:
       >>> import tempfile
@@ -51,9 +70,20 @@ def write_picture(picture: Any, path: str | os.PathLike) -> None:
       >>> os.path.exists(path)
       True
     """
+    check_picture(path)
     content = io.BytesIO()
-    picture.savefig(content, format=pathlib.PurePath(path).suffix[1:], dpi=150)
+    picture.savefig(content, format=pathlib.PurePath(path).suffix[1:].lower(), dpi=150)
     write_atomic(path, content.getvalue())
+
+
+def label(name: str) -> str:
+    """A name as it is drawn: no control characters, and no formulas between dollar signs.
+
+    Example:
+      >>> print(label("a$b"))
+      a\\$b
+    """
+    return printable(name).replace("$", r"\$")
 
 
 def clear_frame(axes: Any) -> None:

@@ -207,12 +207,11 @@ def check_statistics(shape: tuple[int, ...], **statistics: object) -> None:
         expected = "finite numbers, above 0 if deviations, that broadcast to one image"
         if isinstance(value, jax.core.Tracer):
             continue
-        array = np.asarray(value)
-        if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-            raise checks.refuse(name, value, expected)
         try:
+            array = np.asarray(value)
             fits = np.broadcast_shapes(array.shape, shape) == shape
-        except ValueError:
-            fits = False
-        if not fits or (name == "std" and not (array > 0).all()):
+        except ValueError:  # lists of different lengths, or another shape
+            raise checks.refuse(name, value, expected) from None
+        numbers = array.dtype.kind in "fiu" and np.isfinite(array).all()
+        if not (fits and numbers) or (name == "std" and not (array > 0).all()):
             raise checks.refuse(name, value, expected)

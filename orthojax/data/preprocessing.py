@@ -12,7 +12,7 @@ import PIL.Image
 
 from orthojax import checks
 from orthojax.data import augmentation
-from orthojax.errors import DatasetError
+from orthojax.errors import ConfigError, DatasetError
 
 FILE = "preprocessing.json"  # in a working directory
 
@@ -45,7 +45,8 @@ class Preprocessing:
     def __post_init__(self):
         shape, names = self.image_shape, self.class_names
         sizes = checks.integers("image_shape", shape, 1, "sizes (H, W, C)", lengths=(3,))
-        if isinstance(names, str) or not all(isinstance(name, str) for name in names) or not names:
+        several = isinstance(names, Sequence) and not isinstance(names, str)
+        if not (several and names and all(isinstance(name, str) for name in names)):
             raise checks.refuse("class_names", names, "one name for each class")
         if len(set(names)) < len(names):
             raise checks.refuse("class_names", names, "another name for each class")
@@ -57,6 +58,9 @@ class Preprocessing:
             raise checks.refuse("mean", self.mean, "None where `std` is, and only there")
         if self.mean is not None:
             augmentation.check_statistics(sizes, mean=self.mean, std=self.std)
+            for name in ("mean", "std"):
+                if np.shape(getattr(self, name)) != sizes:
+                    raise checks.refuse(name, getattr(self, name), f"of the shape {sizes}")
 
     def normalize(self, images: jax.Array) -> jax.Array:
         """What evaluation sees.
@@ -166,17 +170,21 @@ class Preprocessing:
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
         """The inverse of `to_json`.
 
+        Raises:
+          DatasetError: a key is missing, or holds what no preprocessing has; the message names it.
+
         Example:
           >>> given = Preprocessing((1, 1, 1), ("a", "b"), np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
           >>> Preprocessing.from_json(given.to_json()).class_names
           ('a', 'b')
         """
-        arrays = {
-            name: None if values[name] is None else np.asarray(values[name], np.float32)
-            for name in ("mean", "std")
-        }
-        shape, names = tuple(values["image_shape"]), tuple(values["class_names"])
-        return cls(shape, names, **arrays, resize=values["resize"])
+        keys = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping) or not set(keys) <= set(values):
+            raise DatasetError(f"it must be a section with the keys {', '.join(keys)}")
+        try:
+            return cls(**{key: _of_json(values[key]) for key in keys})
+        except ConfigError as error:
+            raise DatasetError(str(error)) from error
 
     def _picture(self, encoded: bytes) -> np.ndarray:
         from orthojax.data import jpeg
@@ -196,6 +204,18 @@ class Preprocessing:
         margin = (self.resize - self.image_shape[0]) // 2
         jpeg.crop_into(out, encoded, self.resize, margin, margin)
         return out
+
+
+def _of_json(value: Any) -> Any:
+    """Lists of numbers as float32 arrays, others as tuples."""
+    if not isinstance(value, list):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError:  # of different lengths
+        return tuple(value)
+    numbers = array.ndim == 3 and array.dtype.kind in "fiu"
+    return array.astype(np.float32) if numbers else tuple(value)
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from orthojax import checks
-from orthojax.analysis.picture import new_picture
+from orthojax.analysis.picture import label, new_picture
 from orthojax.data.protocols import Batch
 from orthojax.errors import DatasetError
 from orthojax.inference.classifier import Classifier
@@ -61,7 +61,7 @@ class Evaluation:
 
     def draw(self) -> Any:
         """The confusion matrix, each row a share of its class, as a matplotlib figure."""
-        names, few = self.class_names, len(self.class_names) <= LARGEST_LABELED
+        names, few = [*map(label, self.class_names)], len(self.class_names) <= LARGEST_LABELED
         shares = self.confusion / np.maximum(self.confusion.sum(axis=1, keepdims=True), 1)
         side = 2.5 + 0.35 * min(len(names), LARGEST_LABELED)
         picture = new_picture(side, side)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from orthojax import checks
 from orthojax.errors import UserError
 from orthojax.inference.classifier import Classifier
-from orthojax.storage.paths import write_atomic
+from orthojax.storage.paths import check_output, write_atomic
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
@@ -26,12 +26,11 @@ def export(classifier: Classifier, path: str | os.PathLike) -> None:
       path: of the file.
 
     Raises:
-      UserError: the extra `[export]` is not installed.
+      UserError: see `check_export`.
     """
     if not isinstance(classifier, Classifier):
         raise checks.refuse("classifier", classifier, "what `orthojax.load` returns")
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("exporting needs flatbuffers: pip install -e '.[export]'")
+    check_export(path)
 
     def predict(images):
         inputs = classifier.preprocessing.normalize(images)
@@ -42,3 +41,14 @@ def export(classifier: Classifier, path: str | os.PathLike) -> None:
     images = jax.ShapeDtypeStruct((batch, *classifier.preprocessing.image_shape), "uint8")
     exported = jax.export.export(jax.jit(predict), platforms=PLATFORMS)(images)
     write_atomic(path, bytes(exported.serialize()))
+
+
+def check_export(path: str | os.PathLike) -> None:
+    """Finds out, before a net is loaded, whether `export` can write it.
+
+    Raises:
+      UserError: the extra `[export]` is not installed, or the file cannot be written.
+    """
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise UserError("exporting needs flatbuffers: pip install -e '.[export]'")
+    check_output(path)

@@ -6,20 +6,28 @@ from orthojax.inference.classifier import Classifier
 from orthojax.training.trained import read_trained
 
 
-def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
+def load(
+    workdir: str | os.PathLike, step: int | str = "best", own_net: str | None = None
+) -> Classifier:
     """Loads the net of a run, on one device; neither its data set nor its optimizer is needed.
+
+    Nothing is changed, and the run may be training. What a run from a stranger can do, and what it
+    cannot: see "What is safe to open" in the documentation.
 
     Args:
       workdir: of `orthojax.train_and_evaluate`, or `gs://…`.
       step: "best", by test accuracy (the newest where nothing was evaluated); "latest"; or one of
         the steps that are kept.
+      own_net: the `package.module:Net` that the run was trained with, if that is none of
+        `orthojax.models`: its module is imported and run.
 
     Returns:
       A `Classifier`. Its net has no modulation sites, and its parameters are those of the bare
       model.
 
     Raises:
-      WorkdirError: there is no run, no such step, or the checkpoint is damaged.
+      WorkdirError: there is no run, no such step, something of it is damaged, or its net is
+        somebody's own and not `own_net`.
 
     Example:
       >>> import tempfile, numpy as np, orthojax
@@ -30,4 +38,4 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
       >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """
-    return Classifier(**vars(read_trained(workdir, step)))
+    return Classifier(**vars(read_trained(workdir, step, own_net)))

@@ -13,7 +13,7 @@ from absl import app, flags, logging
 
 from orthojax.caches import cache_directory, keep_private
 from orthojax.console import escape_what_cannot_be_encoded, tell
-from orthojax.errors import UserError
+from orthojax.errors import UserError, is_permanent
 from orthojax.launch.config_flag import shipped_configs, without_overrides
 from orthojax.launch.overrides import key_meant
 from orthojax.parallel.rendezvous import ProcessesMissing
@@ -28,8 +28,9 @@ def run(define_flags, main, arguments=None):
 
     With `arguments`, a word for what may stand beside the flags, `main` is given a list of them.
 
-    0 is done; 2 bad input, which starting again will not mend; 128 + n stopped by signal n with
-    everything saved, and the same command goes on; 1 anything else.
+    0 is done; 2 bad input, or storage that refuses what it would refuse again (see
+    `orthojax.errors.is_permanent`): starting again will not mend it; 128 + n stopped by signal n
+    with everything saved, and the same command goes on; 1 anything else.
     """
     escape_what_cannot_be_encoded()
     leave_on_signals()
@@ -41,6 +42,25 @@ def run(define_flags, main, arguments=None):
         )
     finally:
         _finish_output()
+
+
+def define_trained():
+    """Defines the flags of a program that uses a trained net; `load_trained` reads them."""
+    flags.DEFINE_string("workdir", None, "Of the run.", required=True)
+    flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, or its step.")
+    flags.DEFINE_string(
+        "own_net",
+        None,
+        "package.module:Net of the run, if it is none of orthojax.models: that module is run.",
+    )
+
+
+def load_trained():
+    """The `Classifier` that the flags name."""
+    from orthojax.inference import load
+
+    options = flags.FLAGS
+    return load(options.workdir, options.step, options.own_net)
 
 
 def leave_on_signals():
@@ -159,6 +179,11 @@ def exit_status(main):
     try:
         return main() or 0
     except UserError as error:
+        tell(f"error: {error}")
+        return 2
+    except OSError as error:
+        if not is_permanent(error):
+            raise
         tell(f"error: {error}")
         return 2
     except Interrupted as stop:

@@ -61,10 +61,10 @@ def run_name(name="config") -> str:
     Fit for a path: of an override too long for that its digest stands at the end. Overrides in
     which one run may differ from start to start, such as `steps`, are left out.
     """
-    path, _, arguments = flags.FLAGS[name].value.partition(":")
+    path, arguments = split_arguments(flags.FLAGS[name].value)
     overridden = {word.partition("=")[0]: word for word in override_words(name)}
     kept = (word for key, word in sorted(overridden.items()) if not may_differ(key))
-    words = [pathlib.Path(path).stem, *arguments.split(","), *kept]
+    words = [pathlib.Path(path).stem, *(arguments or "").split(","), *kept]
     found = "-".join(re.sub(r"[^\w=.+-]+", "_", word.strip()) for word in words if word.strip())
     if len(os.fsencode(found)) <= _LONGEST_NAME:
         return found
@@ -80,7 +80,7 @@ def override_words(name="config") -> list[str]:
 def _read_config(text):
     from ml_collections import ConfigDict
 
-    path, colon, arguments = text.partition(":")
+    path, arguments = split_arguments(text)
     file = _find_config(path)
     try:
         loader = importlib.machinery.SourceFileLoader("config_file", str(file))
@@ -95,12 +95,13 @@ def _read_config(text):
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise ConfigError(f"{file} defines no function get_config, which returns the config")
+    given = [] if arguments is None else [arguments]
     try:
-        inspect.signature(get_config).bind(*([arguments] if colon else []))
+        inspect.signature(get_config).bind(*given)
     except TypeError:
         raise ConfigError(f"--config={text}: {file} takes no arguments after a colon") from None
     try:
-        config = get_config(*([arguments] if colon else []))
+        config = get_config(*given)
     except UserError:
         raise
     except Exception as error:
@@ -125,15 +126,41 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     return {file.stem: file for file in files}
 
 
-def _find_config(path):
+def split_arguments(text: str) -> tuple[str, str | None]:
+    """A config's file and its arguments, or None: what follows the colon, of which a path may have.
+
+    Example:
+      >>> split_arguments("cifar10_plain:depth=110"), split_arguments(r"C:\\mine.py")
+      (('cifar10_plain', 'depth=110'), ('C:\\\\mine.py', None))
+    """
+    colons = [index for index, character in enumerate(text) if character == ":"]
+    places = [len(text), *reversed(colons)]
+    for place in places:
+        if _existing_config(text[:place]):
+            break
+    else:  # none: arguments are no path
+        place = next((p for p in reversed(places) if not re.search(r"[/\\]", text[p:])), len(text))
+    return text[:place], None if place == len(text) else text[place + 1 :]
+
+
+def _existing_config(path):
     """A config file in the current directory, or else one that is shipped, by its name."""
     given = local_path(path)
     if given.is_file():
         return given.absolute()
     shipped = shipped_configs()
     # `configs/cifar10_plain.py` too, from anywhere; but not somebody's own directory.
-    if given.stem in shipped and str(given.parent) in (".", "configs"):
+    named = given.name in (given.stem, f"{given.stem}.py")
+    if named and given.stem in shipped and str(given.parent) in (".", "configs"):
         return shipped[given.stem]
+    return None
+
+
+def _find_config(path):
+    file = _existing_config(path)
+    if file is not None:
+        return file
+    given, shipped = local_path(path), shipped_configs()
     [nearest] = difflib.get_close_matches(given.stem, shipped, n=1, cutoff=0.5) or [None]
     hint = f"did you mean {nearest}?" if nearest else f"there are {', '.join(shipped)}."
     raise ConfigError(

@@ -4,19 +4,17 @@ python -m orthojax.launch.evaluate --workdir=runs/cifar10_plain
 python -m orthojax.launch.evaluate --workdir=runs/cifar10_plain --split='train[:5000]' --step=latest
 """
 
-import json
 import math
 import sys
 
 from absl import flags
 
-from orthojax.console import tell
-from orthojax.launch.command_line import run
+from orthojax.console import printable, tell
+from orthojax.launch.command_line import define_trained, load_trained, run
 
 
 def define_flags():
-    flags.DEFINE_string("workdir", None, "Of the run.", required=True)
-    flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, or its step.")
+    define_trained()
     flags.DEFINE_string("split", None, "A TFDS split; that which the run was tested on by default.")
     flags.DEFINE_string("data_dir", None, "TFDS data directory; the run's by default.")
     flags.DEFINE_integer(
@@ -33,15 +31,16 @@ def main():
     from orthojax import data
     from orthojax.analysis.picture import write_picture
     from orthojax.config.sections import bind
-    from orthojax.inference import load
     from orthojax.inference.evaluation import evaluate
-    from orthojax.storage.paths import to_path
-    from orthojax.storage.workdir import CONFIG, write_json_atomic
+    from orthojax.storage.paths import output_directory
+    from orthojax.storage.workdir import CONFIG, read_run_file, write_json_atomic
 
     options = flags.FLAGS
-    classifier = load(options.workdir, options.step)
-    config = json.loads((to_path(options.workdir) / CONFIG).read_bytes())
+    classifier = load_trained()
+    output = output_directory(options.output or options.workdir)
+    config = read_run_file(options.workdir, CONFIG)
     section = dict(config["dataset"])
+    section.pop("cache_dir", None)  # a run does not say where this program writes
     for key, value in (("test_split", options.split), ("data_dir", options.data_dir)):
         if value is not None:
             section[key] = value
@@ -55,8 +54,6 @@ def main():
     names = dataset.preprocessing.class_names
     found = evaluate(classifier, dataset.test_batches(config["batch_size"]), names)
 
-    output = to_path(options.output or options.workdir)
-    output.mkdir(parents=True, exist_ok=True)
     about = {"step": classifier.step, "split": section.get("test_split"), "recalibrate_bn": size}
     write_json_atomic(output / "evaluation.json", {**about, **found.to_json()})
     write_picture(found.draw(), output / "confusion.png")
@@ -69,8 +66,9 @@ def show(found, step):
     tell(f"step {step:,}, {images:,} images", sys.stdout)
     tell(f"top-1 {found.accuracy:.2%}  top-5 {found.top5_accuracy:.2%}", sys.stdout)
     tell(f"loss  {found.loss:.4f}\n", sys.stdout)
-    width = max(map(len, found.class_names))
-    for name, value in zip(found.class_names, found.class_accuracies, strict=True):
+    names = [*map(printable, found.class_names)]
+    width = max(map(len, names))
+    for name, value in zip(names, found.class_accuracies, strict=True):
         told = "no image" if math.isnan(value) else f"{value:.1%}"
         tell(f"{name:>{width}}  {told}", sys.stdout)
 

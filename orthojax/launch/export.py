@@ -8,24 +8,23 @@ import sys
 from absl import flags
 
 from orthojax.console import tell
-from orthojax.launch.command_line import run
+from orthojax.launch.command_line import define_trained, load_trained, run
 
 
 def define_flags():
-    flags.DEFINE_string("workdir", None, "Of the run.", required=True)
-    flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, or its step.")
+    define_trained()
     flags.DEFINE_bool("fold_bn", False, "Fold batch normalization into the convolutions.")
 
 
 def main(paths):
     from orthojax.errors import UserError
-    from orthojax.inference import load
-    from orthojax.inference.export import export
+    from orthojax.inference.export import check_export, export
 
     options = flags.FLAGS
     if len(paths) != 1:
         raise UserError("name the file: python launch/export.py --workdir=DIR net.stablehlo")
-    classifier = load(options.workdir, options.step)
+    check_export(paths[0])
+    classifier = load_trained()
     if options.fold_bn:
         classifier = classifier.folded()
     export(classifier, paths[0])

@@ -14,6 +14,7 @@ from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.data.prepare import prepare
 from orthojax.data.reencode import reencode
 from orthojax.launch.command_line import exit_status
+from orthojax.storage.paths import is_remote, output_directory
 
 
 def main() -> int:
@@ -42,6 +43,8 @@ def main() -> int:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     name, data_dir, manual_dir = arguments.name, arguments.data_dir, arguments.manual_dir
+    if data_dir and not is_remote(data_dir):
+        output_directory(data_dir)
     if arguments.resize is None:
         directory = prepare(name, data_dir, manual_dir)
     else:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,7 +18,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from orthojax.errors import WorkdirError
 from orthojax.storage.checksums import find_damage, write_checksums
-from orthojax.storage.paths import is_remote, set_aside, to_path
+from orthojax.storage.paths import is_remote, name_fault, set_aside, to_path
+from orthojax.storage.saved import METRIC, layout_differences, saved_accuracy, saved_steps
 
 
 class _WithoutOrbaxChatter(logging.Filter):
@@ -37,11 +39,8 @@ class _WithoutOrbaxChatter(logging.Filter):
 logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
 
 
-_METRIC = "test_accuracy"
-
-
 def _test_accuracy(metrics: dict[str, float]) -> float:
-    return metrics[_METRIC]
+    return metrics[METRIC]
 
 
 class Restored(NamedTuple):
@@ -60,10 +59,17 @@ class Checkpointer:
     store has neither renames nor broken files: there orbax marks a checkpoint as finished, and the
     store's own checksums have to do.)
 
+    It is for the one process that trains: it removes what a killed process left, and what is no
+    longer kept. Everybody else reads by `orthojax.storage.saved`.
+
     Args:
       directory: holds one subdirectory for each step; created when missing; may be `gs://…`.
       keep: how many of the newest checkpoints stay. Of those saved with a test accuracy the best
         stays too (the newest of equals).
+
+    Raises:
+      WorkdirError: what is saved there could not be read again, by the name of the directory; or
+        there are checkpoints, and all are unreadable.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -83,6 +89,8 @@ class Checkpointer:
         self._remote = is_remote(directory)
         path = to_path(directory)
         self._directory = path if self._remote else path.absolute()
+        if fault := name_fault(self._directory):
+            raise WorkdirError(fault)
         self._saving_step: int | None = None
         if not self._remote:
             self._set_aside_unlistable()
@@ -132,14 +140,14 @@ class Checkpointer:
         if step not in self._manager.all_steps():
             self.wait()
             self._saving_step = step
-            position = {"data_state": data_state, "layout": _layout(state)}
-            with _full_disk_named(self._directory):
+            position = {"data_state": data_state, "layout": layout(state)}
+            with _storage_errors_named(self._directory):
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
                     ),
-                    metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
+                    metrics=None if test_accuracy is None else {METRIC: test_accuracy},
                     force=True,
                 )
         if wait:
@@ -186,12 +194,12 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Returns once a save in the background is finished."""
-        with _full_disk_named(self._directory):
+        with _storage_errors_named(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Finishes a save in the background and frees the threads."""
-        with _full_disk_named(self._directory):
+        with _storage_errors_named(self._directory):
             self._manager.close()
 
     def __enter__(self) -> "Checkpointer":
@@ -203,8 +211,10 @@ class Checkpointer:
     def _write_checksums(self) -> None:
         if jax.process_index() == 0 and not self._remote:
             # A save that failed earlier may have left a directory of the same step.
-            unfinished = self._directory.glob(f"{self._saving_step}.orbax-checkpoint-tmp*")
+            prefix = f"{self._saving_step}.orbax-checkpoint-tmp"
+            unfinished = [p for p in self._directory.iterdir() if p.name.startswith(prefix)]
             newest = max(unfinished, key=lambda path: path.stat().st_mtime_ns)
+            _forget_devices(newest / "state" / "_sharding")
             write_checksums(newest, [path.name for path in newest.iterdir() if path.is_dir()])
 
     def _set_aside_unlistable(self) -> None:
@@ -225,7 +235,7 @@ class Checkpointer:
         position = self._manager.restore(
             step, args=ocp.args.Composite(position=ocp.args.JsonRestore())
         ).position
-        _check_layout(self._directory / str(step), position["layout"], _layout(abstract_state))
+        _check_layout(self._directory / str(step), position["layout"], layout(abstract_state))
         # The leaves are those asked for; an optional part that is None may have no entry on disk.
         wanted = ocp.args.PyTreeRestore(
             abstract_state,
@@ -251,42 +261,44 @@ class Checkpointer:
         )
 
 
+def _forget_devices(file: pathlib.Path) -> None:
+    """Has plain orbax restore every array whole, on the first device of whoever reads.
+
+    Else it wants the devices that the arrays were saved on.
+    """
+    whole = {
+        "sharding_type": "NamedSharding",
+        "shape": [1],
+        "axis_names": ["device"],
+        "partition_spec": [],
+        "device_mesh": {"mesh": [{"id": 0}]},
+    }
+    names = json.loads(file.read_bytes())
+    file.write_text(json.dumps(dict.fromkeys(names, json.dumps(whole))), encoding="utf-8")
+
+
 @contextlib.contextmanager
-def _full_disk_named(directory: Any) -> Iterator[None]:
-    """TensorStore says RESOURCE_EXHAUSTED, in a ValueError, where a disk is full."""
+def _storage_errors_named(directory: Any) -> Iterator[None]:
+    """TensorStore says in a ValueError what the operating system refused."""
     try:
         yield
     except ValueError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        found = re.search(r"os_error_code='(\d+)'", str(error))
+        number = int(found[1]) if found else errno.ENOSPC
+        if not found and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(directory)) from error
-
-
-def saved_steps(directory: Any) -> list[int]:
-    """The steps of which there are checkpoints in a directory, in ascending order."""
-    names = [path.name for path in directory.iterdir()] if directory.exists() else []
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def saved_accuracy(checkpoint: Any) -> float | None:
-    """The test accuracy that a checkpoint was saved with, or None."""
-    try:
-        return float(_test_accuracy(json.loads((checkpoint / "metrics" / "metrics").read_bytes())))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+        raise OSError(number, os.strerror(number), os.fspath(directory)) from error
 
 
 def _listing_damage(checkpoint: pathlib.Path) -> str | None:
-    metadata, metrics = checkpoint / "_CHECKPOINT_METADATA", checkpoint / "metrics" / "metrics"
+    metadata = checkpoint / "_CHECKPOINT_METADATA"
     with contextlib.suppress(OSError, ValueError):  # which orbax does without
         if not isinstance(json.loads(metadata.read_bytes()), dict):
             return f"{metadata.name} is damaged"
-    if not metrics.parent.exists():  # saved without a test accuracy
-        return None
     try:
-        float(_test_accuracy(json.loads(metrics.read_bytes())))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        return f"metrics/metrics is damaged: {error}"
+        saved_accuracy(checkpoint)
+    except WorkdirError as error:
+        return str(error)
     return None
 
 
@@ -298,7 +310,7 @@ def _unreadable(directory: Any, reasons: dict[int, str]) -> WorkdirError:
     )
 
 
-def _layout(state: Any) -> dict[str, str]:
+def layout(state: Any) -> dict[str, str]:
     """Describes a state as {path of a leaf: dtype and shape}."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
@@ -307,15 +319,8 @@ def _layout(state: Any) -> dict[str, str]:
 
 
 def _check_layout(path: pathlib.Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    lines = [
-        f"{leaf}: {saved.get(leaf, 'absent')} in the checkpoint, {wanted.get(leaf, 'absent')} here"
-        for leaf in saved | wanted
-        if saved.get(leaf) != wanted.get(leaf)
-    ]
-    if lines:
-        shown = lines[:5] + ([f"and {len(lines) - 5} more"] if len(lines) > 5 else [])
+    if different := layout_differences(saved, wanted):
         raise WorkdirError(
-            f"{path} is a checkpoint of another model:\n  "
-            + "\n  ".join(shown)
-            + "\nChoose another --workdir, or run with the config and code that wrote it."
+            f"{path} is a checkpoint of another model:{different}\n"
+            "Choose another --workdir, or run with the config and code that wrote it."
         )

@@ -8,7 +8,9 @@ import json
 import os
 import pathlib
 import platform
+import stat
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,8 +18,19 @@ import jax
 
 from orthojax.config.sections import differences, to_json
 from orthojax.console import tell
-from orthojax.errors import WorkdirBusyError, WorkdirError
-from orthojax.storage.paths import is_remote, set_aside, to_path, write_atomic
+from orthojax.errors import WorkdirBusyError, WorkdirError, is_permanent
+from orthojax.storage.checksums import CHECKSUMS, find_damage, write_checksums
+from orthojax.storage.paths import (
+    TEMPORARY,
+    foreign,
+    inside,
+    is_remote,
+    name_fault,
+    set_aside,
+    to_path,
+    write_atomic,
+)
+from orthojax.storage.saved import saved_steps
 
 try:
     import fcntl
@@ -29,6 +42,7 @@ _PACKAGES = (
     *("orbax-checkpoint", "tensorflow-datasets", "numpy"),
 )
 CONFIG = "config.json"
+_SEALED = (CONFIG, "preprocessing.json", "summary.json")  # what `checksums.json` of a run covers
 # Beginnings of the keys that training does not depend on: where it takes place, what it reads and
 # how fast, how it is evaluated, and what is written meanwhile.
 _WITHOUT_EFFECT = (
@@ -44,11 +58,11 @@ _WITHOUT_EFFECT = (
     "tensorboard:",
 )
 _LAST_BITS = ("packages.jaxlib:", "backend:", "device_kind:", "device_count:")
-# What a process killed inside `claim` may leave behind before config.json exists.
-_BEGINNINGS = {"lock", ".config.json.tmp"}
 # What Lustre without flock, NFS without a lock daemon, and others answer.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-_held_locks: dict[tuple[int, int], int] = {}
+_OF_WRITING = (errno.EROFS, errno.EFBIG, errno.EIO)  # said of an open file, without its name
+_held_locks: dict[tuple[int, int], int] = {}  # descriptors by device and inode
+_ATTEMPTS, _SECONDS = 5, 0.1  # of a reader, while a start of the run writes its files anew
 
 
 def claim(
@@ -86,6 +100,8 @@ def claim(
     """
     workdir, config = to_path(workdir), to_json(config)
     _open_directory(workdir)
+    if fault := foreign(workdir):
+        raise WorkdirError(f"{fault}; put a file in its place, or choose another --workdir")
     if not is_remote(workdir):
         _lock(workdir)
     if (workdir / CONFIG).exists():
@@ -139,6 +155,33 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
     return [line for line in differences(before[-1], known) if line.startswith(watched)]
 
 
+def check_workdir(workdir: str | os.PathLike) -> None:
+    """Finds out, before the work and making nothing, whether `claim` could make the directory.
+
+    Raises:
+      WorkdirError: its name, or what it lies in, is no place for a run.
+    """
+    workdir = to_path(workdir)
+    if fault := name_fault(workdir):
+        raise WorkdirError(f"--workdir: {fault}")
+    if is_remote(workdir):
+        return
+    try:
+        for place in (workdir, *workdir.absolute().parents):
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISDIR(place.stat().st_mode):
+                    raise NotADirectoryError(errno.ENOTDIR, "", str(place))
+                if not os.access(place, os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+                return
+    except NotADirectoryError:
+        raise WorkdirError(
+            f"{workdir} is a file or lies below one; choose another --workdir"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
+
+
 def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
     """Compares the config of the run in `workdir` with another; see `claim` for what may differ.
 
@@ -161,6 +204,77 @@ def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
     _refuse(workdir, _changes(_read_json(saved), to_json(config), _WITHOUT_EFFECT))
 
 
+def seal(workdir: str | os.PathLike, *written: str) -> None:
+    """Keeps the checksums of what `read_run_file` reads, in `checksums.json`.
+
+    Args:
+      workdir: of the run.
+      *written: names of files that are as they should be. Of the others those are covered that
+        have been, and are as they were.
+    """
+    first = not (to_path(workdir) / CHECKSUMS).exists()
+    others = [name for name in _SEALED if first or not find_damage(workdir, name)]
+    write_checksums(workdir, [name for name in _SEALED if name in written or name in others])
+
+
+def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
+    """Reads a file of a run whose checksum is right; the run may be training.
+
+    Args:
+      workdir: of the run.
+      name: `config.json`, `preprocessing.json` or `summary.json`.
+
+    Raises:
+      WorkdirError: there is no run, or the file is missing or damaged.
+    """
+    workdir = to_path(workdir)
+    for _ in range(_ATTEMPTS):
+        try:
+            value = json.loads(inside(workdir, name).read_bytes())
+            # A run from before there were any is read as it is.
+            damage = find_damage(workdir, name) if (workdir / CHECKSUMS).exists() else None
+            if damage is None and not isinstance(value, dict):
+                damage = f"{name} is damaged: it is no section of keys and values"
+        except (OSError, ValueError, RecursionError, WorkdirError) as error:
+            damage = f"{name} is damaged: {error}"
+        if damage is None:
+            return value
+        if not (workdir / CONFIG).exists():
+            raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)")
+        if not (workdir / name).exists():
+            raise WorkdirError(
+                f"{workdir} was trained before {name} was kept; start its training command once "
+                "more, which writes it and trains no further"
+            )
+        time.sleep(_SECONDS)
+    raise WorkdirError(
+        f"{workdir}: {damage}\nStart its training command once more, which compares {name} or "
+        "writes it anew, or take another copy of the run"
+    )
+
+
+def check_owned(workdir: str | os.PathLike) -> None:
+    """Says if `workdir` is no longer the directory that this process has claimed.
+
+    Raises:
+      WorkdirError: it has been removed, or another one is in its place.
+    """
+    workdir = to_path(workdir)
+    if is_remote(workdir):
+        return
+    try:
+        status = os.stat(workdir / "lock")
+        if (status.st_dev, status.st_ino) in _held_locks:
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    raise WorkdirError(
+        f"{workdir} was removed while it was trained, or another run has taken its place: training "
+        "stops, and what was removed is lost. Remove what is left of it, or choose another "
+        "--workdir, to begin anew"
+    )
+
+
 def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
     """Writes sorted, indented JSON that is there as a whole or not at all.
 
@@ -180,13 +294,20 @@ def write_json_atomic(path: str | os.PathLike, value: Any) -> None:
 
 @contextlib.contextmanager
 def failures_explained(workdir: Any) -> Iterator[None]:
-    """Turns what the file system refuses below a working directory into a `WorkdirError`."""
+    """Turns what the file system refuses while a run is trained into a `WorkdirError`.
+
+    What another start may mend, such as a server that does not answer, stays an `OSError`.
+    """
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not str(error.filename or "").startswith(os.fspath(workdir)):
+        if not is_permanent(error):
             raise
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        below = os.path.abspath(str(error.filename)).startswith(os.path.abspath(workdir))
+        if not (below or full or error.filename is None and error.errno in _OF_WRITING):
+            raise
+        check_owned(workdir)
         out = "make room, and run" if full else "mend that, or choose another --workdir, and run"
         raise WorkdirError(
             f"{workdir} cannot be written: {error}\nWhat was saved stays; {out} the same command "
@@ -211,8 +332,7 @@ def _check_length(workdir: Any, saved: Mapping, config: Mapping) -> None:
     before, after = saved.get("steps"), config.get("steps")
     if before == after:
         return
-    names = [p.name for p in (workdir / "checkpoints").glob("*")]
-    trained = max((int(name) for name in names if name.isdigit()), default=0)
+    trained = max(saved_steps(workdir / "checkpoints"), default=0)
     if after < trained:
         raise WorkdirError(
             f"{workdir} holds a run of step {trained}, and steps={after} is less; take more, or "
@@ -236,20 +356,19 @@ def _earlier_starts(path: Any) -> list[Any]:
 
 
 def _open_directory(workdir: Any) -> None:
+    check_workdir(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         # An object store has no empty directories.
         names = {entry.name for entry in workdir.iterdir()} if workdir.exists() else set()
-    except (FileExistsError, NotADirectoryError):
-        raise WorkdirError(
-            f"{workdir} is a file or lies below one; choose another --workdir"
-        ) from None
     except OSError as error:
         raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
-    if CONFIG not in names and names - _BEGINNINGS:
+    # A process that is killed inside `claim` leaves these before config.json exists.
+    begun = {name for name in names if name == "lock" or name.endswith(TEMPORARY)}
+    if CONFIG not in names and names - begun:
         raise WorkdirError(
-            f"{workdir} is not empty and holds no run (there is no config.json in it); choose a "
-            "new or empty --workdir"
+            f"{workdir} is not empty and holds no run (there is no {CONFIG} in it); choose a new "
+            "or empty --workdir"
         )
 
 

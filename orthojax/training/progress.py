@@ -99,7 +99,7 @@ class Progress:
 
     def _erase(self) -> None:
         if self._line:
-            tell("\r" + " " * len(self._line) + "\r", self._stream, end="")
+            tell("", self._stream, end="\r" + " " * len(self._line) + "\r")
             self._line = ""
 
     def _columns(self) -> int:

@@ -5,10 +5,10 @@ from typing import Any
 
 from orthojax.console import tell
 from orthojax.parallel.processes import is_first
-from orthojax.storage.checkpoint import saved_steps
 from orthojax.storage.checksums import find_damage
 from orthojax.storage.paths import is_remote
-from orthojax.storage.workdir import write_json_atomic
+from orthojax.storage.saved import saved_steps
+from orthojax.storage.workdir import seal, write_json_atomic
 
 SUMMARY = "summary.json"
 
@@ -21,7 +21,7 @@ def read_finished(workdir: Any, steps: int) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     saved = saved_steps(workdir / "checkpoints")
-    if not finished or (saved and saved[-1] < steps):
+    if not finished or find_damage(workdir, SUMMARY) or (saved and saved[-1] < steps):
         return None
     if saved and not is_remote(workdir) and find_damage(workdir / "checkpoints" / str(saved[-1])):
         return None  # trains again from an earlier checkpoint
@@ -41,3 +41,4 @@ def write_summary(workdir: Any, summary: dict[str, Any]) -> None:
     else:
         path.rename(path.with_name(f"summary-{steps}.json"))
     write_json_atomic(path, summary)
+    seal(workdir, SUMMARY)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from orthojax.console import tell
-from orthojax.errors import DivergenceError, WorkdirBusyError
+from orthojax.errors import DivergenceError, WorkdirBusyError, WorkdirError
 from orthojax.storage.metrics import read_metrics
 from orthojax.storage.workdir import check_config, write_json_atomic
 from orthojax.training.train import train_and_evaluate
@@ -70,10 +70,15 @@ def train_once(run: Run, stream: Any = None) -> Record:
         run.workdir.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, _train(run, stream))
     check_config(run.workdir, run.config)
-    record = json.loads(path.read_bytes())
-    if record["train_loss"] is None:
-        record["train_loss"] = math.inf
-    return record
+    try:
+        record = json.loads(path.read_bytes())
+        if record["train_loss"] is None:
+            record["train_loss"] = math.inf
+        return record
+    except (ValueError, TypeError, KeyError) as error:
+        raise WorkdirError(
+            f"{path} is damaged ({error}); remove it, and it is made of the trained run again"
+        ) from error
 
 
 def _train(run: Run, stream: Any) -> Record:

@@ -6,7 +6,6 @@ optimizer, mesh); `compiled.compile_steps` makes programs of that, whose step is
 """
 
 import contextlib
-import json
 import math
 import os
 import pathlib
@@ -26,10 +25,21 @@ from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError, WorkdirError
 from orthojax.parallel.processes import is_first, on_first_process
 from orthojax.sites import weights_only
-from orthojax.storage.checkpoint import Checkpointer, saved_steps
+from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics, require_tensorboard
 from orthojax.storage.paths import to_path
-from orthojax.storage.workdir import claim, failures_explained, note_start, write_json_atomic
+from orthojax.storage.saved import saved_steps
+from orthojax.storage.workdir import (
+    CONFIG,
+    check_owned,
+    check_workdir,
+    claim,
+    failures_explained,
+    note_start,
+    read_run_file,
+    seal,
+    write_json_atomic,
+)
 from orthojax.training.compiled import abstract_state, compile_steps
 from orthojax.training.experiment import Experiment, Settings, build
 from orthojax.training.interrupt import stop_on_signals
@@ -77,6 +87,7 @@ def train_and_evaluate(
       Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
     """
     workdir = to_path(workdir)
+    on_first_process(lambda: check_workdir(workdir))
     source = _checked_first(bind(Settings, config, ""), workdir)
     experiment = build(config)
     with failures_explained(workdir):
@@ -91,35 +102,39 @@ def _checked_first(settings: Settings, workdir: Any) -> Trained | None:
         require_tensorboard()
     if settings.init_from is None or saved_steps(workdir / "checkpoints"):
         return None
-    source = read_trained(settings.init_from)
+    source = _read_source(settings)
     check_model(settings, source)
     return source
 
 
+def _read_source(settings: Settings) -> Trained:
+    # Its code is run anyway, if it is this run's own net.
+    return read_trained(settings.init_from, own_net=settings.model.get("name"))
+
+
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
-    path = workdir / preprocessing.FILE
-    claim(workdir, config, lambda: _check_same_data(path, dataset))
-    if _read_preprocessing(path) is None:
-        write_json_atomic(path, dataset.preprocessing.to_json())
+    claim(workdir, config, lambda: _check_same_data(workdir, dataset))
+    if _read_preprocessing(workdir) is None:
+        write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
+    seal(workdir, CONFIG, preprocessing.FILE)
 
 
-def _check_same_data(path: Any, dataset: data.Dataset) -> None:
-    saved = _read_preprocessing(path)
+def _check_same_data(workdir: Any, dataset: data.Dataset) -> None:
+    saved = _read_preprocessing(workdir)
     changes = saved.differences(dataset.preprocessing) if saved else []
     if changes:
         raise WorkdirError(
-            f"{path.parent} holds a run that was trained on other data (there -> here):\n  "
+            f"{workdir} holds a run that was trained on other data (there -> here):\n  "
             + "\n  ".join(changes)
             + "\nChoose another --workdir, or bring the data back to what it was."
         )
 
 
-def _read_preprocessing(path: Any) -> Preprocessing | None:
+def _read_preprocessing(workdir: Any) -> Preprocessing | None:
     """None where there is none, or it is damaged: then it is written anew, as the data set is."""
-    try:
-        return Preprocessing.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, DatasetError):
-        return None
+    with contextlib.suppress(WorkdirError, DatasetError):
+        return Preprocessing.from_json(read_run_file(workdir, preprocessing.FILE))
+    return None
 
 
 def _train(
@@ -137,7 +152,7 @@ def _train(
         progress.message(_describe(experiment))
         names = experiment.dataset.preprocessing.class_names
         if settings.init_from is not None and checkpointer.latest_step() is None:
-            source = source or read_trained(settings.init_from)  # what was saved may be damaged
+            source = source or _read_source(settings)  # what was saved may be damaged
             check_fits(abstract_state(experiment), source, names)
         programs = compile_steps(experiment)
         progress.message(f"compiled in {programs.compile_seconds:.1f} s")
@@ -166,6 +181,8 @@ def _train(
                 )
             resume_step = first_step if restored else None
             writer = MetricWriter(workdir, settings.tensorboard, resume_step)
+            # Before every save, which would make the directory anew.
+            callbacks = [lambda *_: check_owned(workdir), *callbacks]
         stack.enter_context(writer)
         # From here on there is something to save.
         request = stack.enter_context(stop_on_signals())
@@ -187,6 +204,7 @@ def _train(
         "resumed_from_step": first_step,
     }
     if is_first():
+        check_owned(workdir)
         _draw(workdir)
         write_summary(workdir, summary)  # last: it says that the run has finished
     return summary

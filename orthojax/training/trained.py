@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -12,12 +12,16 @@ import orbax.checkpoint as ocp
 from orthojax.config.sections import bind
 from orthojax.data import preprocessing
 from orthojax.data.preprocessing import Preprocessing
-from orthojax.errors import WorkdirError
-from orthojax.storage.checkpoint import saved_accuracy, saved_steps
-from orthojax.storage.checksums import find_damage
-from orthojax.storage.paths import is_remote, to_path
-from orthojax.storage.workdir import CONFIG
+from orthojax.errors import ConfigError, DatasetError, WorkdirError
+from orthojax.sites import SITE
+from orthojax.storage.checkpoint import layout
+from orthojax.storage.paths import to_path
+from orthojax.storage.saved import POSITION, layout_differences, read_saved
+from orthojax.storage.workdir import CONFIG, read_run_file
 from orthojax.training.experiment import Settings, net_of
+from orthojax.training.net import MODELS
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,18 +46,56 @@ class Trained:
         return self.preprocessing.class_names
 
 
-def read_trained(workdir: str | os.PathLike, step: int | str = "best") -> Trained:
-    """Reads the net of a run; see `orthojax.load`.
+def read_trained(
+    workdir: str | os.PathLike, step: int | str = "best", own_net: str | None = None
+) -> Trained:
+    """Reads the net of a run, which may be training; see `orthojax.load`.
 
     Raises:
-      WorkdirError: there is no run, no such step, or the checkpoint is damaged.
+      WorkdirError: there is no run, no such step, something of it is damaged, or its net is none of
+        `orthojax.models` and not `own_net`.
     """
     workdir = to_path(workdir)
-    settings = bind(Settings, _read(workdir, CONFIG), "")
-    images = Preprocessing.from_json(_read(workdir, preprocessing.FILE))
-    checkpoint, number = _checkpoint(workdir / "checkpoints", step)
-    net = net_of(settings, len(images.class_names), modulated=False)
-    return Trained(net, restore_variables(checkpoint, net, images.image_shape), images, number)
+    settings = read_settings(workdir)
+    name = settings.model.get("name")
+    if name not in MODELS and name != own_net:
+        raise WorkdirError(
+            f"the net of {workdir} is {name!r}: reading it runs that module. If you trust it, say "
+            f"so: load(workdir, own_net={name!r}), or --own_net={name} on a command line"
+        )
+    images = _images(workdir)
+    net = explained_by(workdir, lambda: net_of(settings, len(images.class_names), modulated=False))
+    variables, number = read_saved(
+        workdir / "checkpoints",
+        step,
+        lambda checkpoint: restore_variables(checkpoint, net, images.image_shape),
+    )
+    return Trained(net, variables, images, number)
+
+
+def read_settings(workdir: Any) -> Settings:
+    """The config of a run.
+
+    Raises:
+      WorkdirError: there is no run, or its config is damaged or of another version.
+    """
+    return explained_by(workdir, lambda: bind(Settings, read_run_file(workdir, CONFIG), ""))
+
+
+def explained_by(workdir: Any, make: Callable[[], T]) -> T:
+    """Says of an error in the config of a run that it is that run's."""
+    try:
+        return make()
+    except ConfigError as error:
+        raise WorkdirError(f"{workdir / CONFIG}: {error}") from error
+
+
+def _images(workdir: Any) -> Preprocessing:
+    values = read_run_file(workdir, preprocessing.FILE)
+    try:
+        return Preprocessing.from_json(values)
+    except DatasetError as error:
+        raise WorkdirError(f"{workdir / preprocessing.FILE}: {error}") from error
 
 
 def restore_variables(checkpoint: Any, net: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
@@ -61,11 +103,11 @@ def restore_variables(checkpoint: Any, net: Any, image_shape: tuple[int, ...]) -
 
     Args:
       checkpoint: directory of one step.
-      net: a linen module; what it does not have, such as sites, is left out.
+      net: a linen module; sites, which it does not have, are left out.
       image_shape: (H, W, C).
 
     Raises:
-      WorkdirError: the checkpoint is of another model.
+      WorkdirError: the checkpoint is of another model; the message names the parameters.
     """
     images = jax.ShapeDtypeStruct((1, *image_shape), "float32")
     shapes = jax.eval_shape(
@@ -79,62 +121,18 @@ def restore_variables(checkpoint: Any, net: Any, image_shape: tuple[int, ...]) -
         )
         for name in ("params", "batch_stats")
     }
+    saved = {
+        leaf: kind
+        for leaf, kind in json.loads((checkpoint / POSITION).read_bytes())["layout"].items()
+        if leaf.split("/")[0] in wanted and SITE not in leaf.split("/")
+    }
+    if different := layout_differences(saved, layout(wanted)):
+        raise WorkdirError(f"it is no checkpoint of the model in {CONFIG}:{different}")
     restore = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
         partial_restore=True,
     )
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            found = reader.restore(checkpoint / "state", args=restore)
-    except (ValueError, KeyError) as error:
-        raise WorkdirError(
-            f"{checkpoint} is not a checkpoint of the model in {CONFIG}: {error}"
-        ) from error
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        found = reader.restore(checkpoint / "state", args=restore)
     return {name: tree for name, tree in found.items() if tree}
-
-
-def _read(workdir: Any, name: str) -> Any:
-    try:
-        return json.loads((workdir / name).read_bytes())
-    except FileNotFoundError:
-        if name == CONFIG or not (workdir / CONFIG).exists():
-            raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)") from None
-        raise WorkdirError(
-            f"{workdir} was trained before {name} was kept; start its training command once more, "
-            "which writes it and trains no further"
-        ) from None
-    except (ValueError, OSError) as error:
-        raise WorkdirError(f"{workdir / name} is damaged: {error}") from error
-
-
-def _checkpoint(directory: Any, step: int | str) -> tuple[Any, int]:
-    if not is_remote(directory):
-        directory = directory.absolute()  # as orbax demands
-    steps = saved_steps(directory)
-    if not steps:
-        raise WorkdirError(f"there is no checkpoint in {directory}")
-    number = _chosen(directory, steps, step)
-    checkpoint = directory / str(number)
-    damage = None if is_remote(directory) else find_damage(checkpoint)
-    if damage:
-        raise WorkdirError(f"{checkpoint} is damaged ({damage}); choose another of {_list(steps)}")
-    return checkpoint, number
-
-
-def _chosen(directory: Any, steps: list[int], step: int | str) -> int:
-    if step == "latest":
-        return steps[-1]
-    if step == "best":
-        accuracies = {number: saved_accuracy(directory / str(number)) for number in steps}
-        return max(steps, key=lambda number: (accuracies[number] or 0.0, number))
-    if str(step).isdigit() and int(step) in steps:
-        return int(step)
-    raise WorkdirError(
-        f"there is no checkpoint of step {step!r} in {directory}; choose best, latest or one of "
-        f"{_list(steps)}"
-    )
-
-
-def _list(steps: list[int]) -> str:
-    return ", ".join(map(str, steps))

@@ -1,5 +1,7 @@
 """A trained run, loaded: the very net that training evaluated, without data set and optimizer."""
 
+import dataclasses
+import io
 import json
 import shutil
 import struct
@@ -16,8 +18,9 @@ from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError, WorkdirError
 from orthojax.inference.evaluation import evaluate
 from orthojax.sites import is_site
-from orthojax.storage.checkpoint import saved_steps
 from orthojax.storage.checksums import write_checksums
+from orthojax.storage.saved import saved_steps
+from orthojax.storage.workdir import seal
 from orthojax.training.train import train_and_evaluate
 from tests.training.tiny import tiny_config
 
@@ -239,7 +242,9 @@ def test_a_run_from_before_says_what_to_do_and_doing_it_helps(copy, config):
 
 def test_a_damaged_checkpoint_is_named_with_the_others(copy):
     next((copy / "checkpoints" / "12" / "state" / "d").iterdir()).write_bytes(b"")
-    with pytest.raises(WorkdirError, match=r"12 is damaged .* choose another of 4, 8, 12"):
+    with pytest.raises(
+        WorkdirError, match=r"12 cannot be read: state/d/\w+ is damaged.*\n.* 4, 8$"
+    ):
         orthojax.load(copy, "latest")
     assert orthojax.load(copy, 8).step == 8
 
@@ -249,8 +254,69 @@ def test_a_checkpoint_of_another_model_is_refused(copy):
     config = json.loads(path.read_text())
     config["model"]["width"] = 8
     path.write_text(json.dumps(config))
-    with pytest.raises(WorkdirError, match="not a checkpoint of the model"):
+    with pytest.raises(WorkdirError, match=r"config\.json is damaged: its checksum"):
         orthojax.load(copy)
+    (copy / "checksums.json").unlink()  # as in a run from before it was kept
+    with pytest.raises(
+        WorkdirError, match=r"no checkpoint of the model in config.json:\n.*float32\[32, 10\] here"
+    ):
+        orthojax.load(copy)
+
+
+def test_a_run_brings_no_code_along(copy, tmp_path, monkeypatch):
+    """Unless its net is named by whoever reads it."""
+    monkeypatch.chdir(copy)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "theirs.py").write_text(
+        "from orthojax.models import PlainNet\n"
+        "open('executed', 'w').close()\n"
+        "class Net(PlainNet): pass\n"
+    )
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["name"] = "theirs:Net"
+    (copy / "config.json").write_text(json.dumps(config))
+    seal(copy, "config.json")
+    for own_net in (None, "others:Net", "theirs:Other"):
+        with pytest.raises(
+            WorkdirError, match=r"theirs:Net.*load\(workdir, own_net='theirs:Net'\)"
+        ):
+            orthojax.load(copy, own_net=own_net)
+    assert not (copy / "executed").exists()
+    assert orthojax.load(copy, own_net="theirs:Net").step
+    assert (copy / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("mean", value) for value in ([0.5], "a", None, np.nan)),
+        *(("std", value) for value in (0.0, -1.0, np.inf)),
+        *(("image_shape", value) for value in ("abc", [8, 8], [8, 8, 0], [8, 8, 1.5], 8)),
+        *(("class_names", value) for value in (10, [], [1, 2], "ab")),
+        *(("resize", value) for value in (7, -1, None, 1.5)),
+    ],
+)
+def test_what_is_no_preprocessing_is_named(digits, key, value):
+    values = digits.preprocessing.to_json()
+    if isinstance(value, float):
+        value = np.full((8, 8, 1), value).tolist()
+    with pytest.raises(DatasetError, match=rf"^({key}|mean)\b"):
+        Preprocessing.from_json({**values, key: value})
+    with pytest.raises(DatasetError, match="with the keys"):
+        Preprocessing.from_json({k: v for k, v in values.items() if k != key})
+    with pytest.raises(DatasetError, match="with the keys"):
+        Preprocessing.from_json([values])
+
+
+def test_names_of_classes_are_drawn_and_not_obeyed(digits, classifier):
+    names = ("$\\frac", "a\x1b[2J", "b\nc", *"3456789")
+    renamed = dataclasses.replace(
+        classifier, preprocessing=dataclasses.replace(digits.preprocessing, class_names=names)
+    )
+    picture = evaluate(renamed, [next(iter(digits.test_batches(16)))]).draw()
+    picture.savefig(io.BytesIO(), format="png")  # a formula that is none would be an error
+    shown = [text.get_text() for text in picture.axes[0].get_xticklabels()]
+    assert shown[:3] == [r"\$\frac", r"a\x1b[2J", r"b\nc"]
 
 
 def test_without_evaluation_the_newest_is_the_best(copy):

@@ -1,5 +1,6 @@
 """The command line of the programs that take `--config`: files, flags, help, signals."""
 
+import errno
 import json
 import os
 import pathlib
@@ -88,6 +89,58 @@ def test_a_config_file_that_is_none(flags, tmp_path, content, message):
     with pytest.raises(ConfigError) as error:
         flags("--config=mine.py")
     assert message in str(error.value) and "mine.py" in str(error.value)
+
+
+@pytest.mark.parametrize("place", ["12:30", "a:depth=20", "C:"])
+def test_a_path_may_have_a_colon(flags, tmp_path, place):
+    (tmp_path / place).mkdir()
+    (tmp_path / place / "mine.py").write_text(
+        "from orthojax.configs import digits_plain110\nget_config = digits_plain110.get_config\n"
+    )
+    for path in (f"{place}/mine.py", f"{tmp_path}/{place}/mine.py"):
+        assert flags(f"--config={path}:depth=14").model.depth == 14
+        assert flags(f"--config={path}").model.depth == 110
+        assert config_flag.run_name() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("program_name", "arguments"),
+    [
+        ("export", ["--workdir=none", "none/net.stablehlo"]),
+        ("draw_filters", ["none/a.png", "a=none"]),
+        ("draw_filters", ["a.nothing", "a=none"]),
+        ("compare_runs", ["file/a.png", "a=none"]),
+        ("compile_for_tpu", ["--json=file/a.json"]),
+        ("sweep_coefficient", ["--output=none/a.jsonl"]),
+        ("sweep_coefficient", ["--output=a.jsonl", "--workdir=file"]),
+        ("benchmark", ["step", "--output=file"]),
+        ("compare_orthogonality", ["--output=file/here"]),
+        ("reproduce", ["theory", "--workdir=file"]),
+        ("prepare_data", ["digits", "--data_dir=file"]),
+        ("train", ["--workdir=file/run", "--config.dataset.train_split=nonsense"]),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    program, tmp_path, program_name, arguments
+):
+    (tmp_path / "file").touch()
+    code, out, err = program(program_name, *arguments, cwd=tmp_path)
+    assert code == 2 and "error: " in err and "Traceback" not in err and not out
+    assert any(f"{name}/" in err or f"{name}'" in err for name in ("none", "file", "a.nothing")), (
+        err
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG])
+def test_what_the_storage_will_refuse_again_is_bad_input(number, capsys):
+    def main(number=number):
+        raise OSError(number, os.strerror(number), "/data")
+
+    assert command_line.exit_status(main) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(OSError):  # a crash, which clusters start again
+        command_line.exit_status(lambda: main(errno.ETIMEDOUT))
 
 
 def test_a_mistyped_config_says_where_it_was_looked_for(flags, tmp_path):

@@ -1,7 +1,9 @@
 """Checkpoints: bit for bit, finished or absent, and never of another model."""
 
+import contextlib
 import errno
 import logging
+import os
 import pathlib
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -109,6 +112,25 @@ def test_shardings_are_those_asked_for(tmp_path):
                 assert_same_bits(restored.state, {"kernel": kernel})
 
 
+def test_plain_orbax_reads_on_one_device_what_many_have_saved(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    kernel = jax.device_put(np.arange(32.0), NamedSharding(mesh, PartitionSpec("data")))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, {"kernel": kernel}, {}, wait=True)
+    with ocp.StandardCheckpointer() as reader, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the topology may be another
+        found = reader.restore(tmp_path / "1" / "state")["kernel"]
+    assert found.sharding.device_set == {jax.devices()[0]}
+    np.testing.assert_array_equal(found, kernel)
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "a?/run", "a\\b"])
+def test_a_name_that_could_not_be_read_again_is_refused(tmp_path, name):
+    with pytest.raises(WorkdirError, match="could not be read again"):
+        Checkpointer(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_state_may_be_donated_while_it_is_being_saved(tmp_path):
     step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = {"kernel": jnp.zeros((512, 512))}
@@ -172,8 +194,9 @@ def largest_file(directory):
 def test_damage_falls_back_visibly_and_keeps_the_evidence(directory, capfd, pick, how):
     damage(pick(directory / "2"), how)
     left = {path.name for path in (directory / "2").rglob("*")}
-    with Checkpointer(directory) as checkpointer:
+    with contextlib.ExitStack() as stack:
         with pytest.warns(UserWarning, match=r"step 2 is unreadable \(.*step 1") as caught:
+            checkpointer = stack.enter_context(Checkpointer(directory))
             restored = checkpointer.restore_latest(abstract(make_state()))
         assert len(caught) == 1 and str(directory / "2.corrupt") in str(caught[0].message)
         assert restored.step == 1 and restored.data_state["epoch"] == 1
@@ -318,13 +341,16 @@ def test_kill_during_saves_leaves_a_usable_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "failure",
+    ("failure", "number"),
     [
-        OSError(errno.ENOSPC, "No space left on device"),
-        ValueError("RESOURCE_EXHAUSTED: Error writing"),
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (ValueError("RESOURCE_EXHAUSTED: Error writing"), errno.ENOSPC),
+        (ValueError("Failed to open: Read-only [os_error_code='30']"), errno.EROFS),
     ],
 )
-def test_a_full_disk_is_raised_once_and_told_by_nobody_else(tmp_path, monkeypatch, capfd, failure):
+def test_a_refusal_is_raised_once_and_told_by_nobody_else(
+    tmp_path, monkeypatch, capfd, failure, number
+):
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"a": jnp.zeros(2)}, {}, wait=True)
 
@@ -333,9 +359,9 @@ def test_a_full_disk_is_raised_once_and_told_by_nobody_else(tmp_path, monkeypatc
 
         monkeypatch.setattr("orthojax.storage.checkpoint.write_checksums", full)
         checkpointer.save(2, {"a": jnp.zeros(2)}, {})
-        with pytest.raises(OSError, match="No space left on device") as error:
+        with pytest.raises(OSError, match=os.strerror(number)) as error:
             checkpointer.wait()
-        assert error.value.errno == errno.ENOSPC
+        assert error.value.errno == number
         assert checkpointer.latest_step() == 1
     assert not capfd.readouterr().err
 

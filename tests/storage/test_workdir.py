@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,16 @@ import pytest
 
 from orthojax.config.sections import to_json
 from orthojax.errors import WorkdirError
-from orthojax.storage.workdir import check_config, claim, failures_explained, write_json_atomic
+from orthojax.storage.workdir import (
+    check_config,
+    check_owned,
+    check_workdir,
+    claim,
+    failures_explained,
+    read_run_file,
+    seal,
+    write_json_atomic,
+)
 
 CONFIG = {"seed": 3, "optimizer": {"learning_rate": 0.1, "boundaries": (0.5, 0.75)}}
 
@@ -73,9 +83,75 @@ def test_a_file_in_its_place_is_refused(tmp_path, below):
 
 def test_what_a_kill_during_the_first_claim_leaves_is_no_obstacle(tmp_path):
     (tmp_path / "lock").touch()
-    (tmp_path / ".config.json.tmp").write_text('{"se')
+    (tmp_path / ".0123456789abcdef.tmp").write_text('{"se')
     claim(tmp_path, CONFIG)
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+
+
+@pytest.mark.parametrize("name", ["run[1]", "run*", "file/run", "a" * 256])
+def test_no_place_for_a_run_is_refused_and_nothing_is_made(tmp_path, name):
+    (tmp_path / "file").touch()
+    for refuse in (check_workdir, lambda workdir: claim(workdir, CONFIG)):
+        with pytest.raises(WorkdirError, match="another|choose a --workdir"):
+            refuse(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    check_workdir(tmp_path / "a" / "b")
+
+
+def test_a_link_out_of_the_run_is_not_written_through(tmp_path):
+    claim(tmp_path / "run", CONFIG)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(tmp_path / "mine")
+    with pytest.raises(WorkdirError, match=r"metrics\.jsonl is a link that leads out"):
+        claim(tmp_path / "run", CONFIG)
+
+
+def test_a_run_that_was_removed_or_replaced_is_no_longer_owned(tmp_path):
+    run = tmp_path / "run"
+    claim(run, CONFIG)
+    check_owned(run)
+    shutil.rmtree(run)
+    for _ in range(2):
+        with pytest.raises(WorkdirError, match="was removed while it was trained"):
+            check_owned(run)
+        with pytest.raises(WorkdirError, match="was removed"), failures_explained(run):
+            (run / "none" / "a").write_text("")
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "lock").touch()  # as another process would
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_permanent_refusal_is_the_users_and_another_is_not(tmp_path, number):
+    claim(tmp_path, CONFIG)
+    with pytest.raises(WorkdirError, match="run the same command"), failures_explained(tmp_path):
+        raise OSError(number, os.strerror(number), str(tmp_path / "checkpoints"))
+    for other in (errno.ESTALE, errno.ETIMEDOUT):  # which another start may mend
+        with pytest.raises(OSError), failures_explained(tmp_path):
+            raise OSError(other, os.strerror(other), str(tmp_path / "checkpoints"))
+    with pytest.raises(OSError), failures_explained(tmp_path):
+        raise (
+            OSError(number, os.strerror(number), "/elsewhere")
+            if number != errno.ENOSPC
+            else OSError
+        )
+
+
+def test_what_a_run_consists_of_is_read_only_as_it_was_written(tmp_path):
+    claim(tmp_path, CONFIG)
+    write_json_atomic(tmp_path / "preprocessing.json", {"mean": 0.5})
+    write_json_atomic(tmp_path / "summary.json", {"steps": 3})
+    seal(tmp_path, "config.json", "preprocessing.json")
+    for name in ("config.json", "preprocessing.json", "summary.json"):
+        whole = (tmp_path / name).read_text()
+        assert read_run_file(tmp_path, name) == json.loads(whole)
+        (tmp_path / name).write_text(whole.replace("3", "4").replace("0.5", "0.6"))
+        seal(tmp_path)  # does not make it right
+        with pytest.raises(WorkdirError, match=f"{name} is damaged"):
+            read_run_file(tmp_path, name)
+        (tmp_path / name).write_text(whole)
+        seal(tmp_path, name)
+    (tmp_path / "checksums.json").unlink()  # as in a run from before it was kept
+    assert read_run_file(tmp_path, "summary.json") == {"steps": 3}
 
 
 def test_a_damaged_config_is_named(tmp_path):

@@ -83,7 +83,7 @@ def test_it_trains_resumes_and_loads(net, modulated, tmp_path):
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
     again = train_and_evaluate(config, tmp_path / "stopped")
     assert (again["resumed_from_step"], again["test_loss"]) == (2, whole["test_loss"])
-    loaded = orthojax.load(tmp_path / "whole", "latest")
+    loaded = orthojax.load(tmp_path / "whole", "latest", own_net=config.model.name)
     found = loaded.predict(np.zeros((2, 8, 8, 1), np.uint8))
     assert found.shape == (2, 10)
     with pytest.raises(ValueError, match=f"can be folded, not {net}"):

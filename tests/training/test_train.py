@@ -181,9 +181,8 @@ def test_first_layer_filters_of_a_run_are_drawn(finished, tmp_path, capsys):
     main = runpy.run_path(str(ROOT / "launch" / "draw_filters.py"))["main"]
     assert main([str(tmp_path / "filters.png"), f"ours={workdir}"]) == 0
     assert (tmp_path / "filters.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        main([str(tmp_path / "none.png"), f"ours={tmp_path}"])
-    assert "is not TITLE=WORKDIR of a run" in capsys.readouterr().err
+    assert main([str(tmp_path / "none.png"), f"ours={tmp_path}"]) == 2
+    assert "holds no run" in capsys.readouterr().err
 
 
 def files_of(workdir):
@@ -201,8 +200,8 @@ def test_a_finished_run_is_left_as_it_is(finished, tmp_path, checkpoints, capsys
     assert train_and_evaluate(config_of(log_every=5), workdir) == finished[1]
     told = capsys.readouterr().err
     assert "has finished its 20 steps" in told and ("gone" in told) == (checkpoints == "deleted")
-    config = {workdir / "config.json": (workdir / "config.json").read_bytes()}  # of log_every
-    assert files_of(workdir) == before | config
+    config = [workdir / "config.json", workdir / "checksums.json"]  # of log_every
+    assert files_of(workdir) == before | {path: path.read_bytes() for path in config}
 
 
 def test_more_steps_and_other_intervals_are_the_same_run_and_longer(finished, tmp_path, capsys):
