@@ -1,8 +1,9 @@
 """Sweeps the coefficient of the orthonormality penalty on the digits: records and a picture.
 
-python launch/sweep_coefficient.py    # writes docs/coefficient.jsonl and docs/coefficient.png
+python launch/sweep_coefficient.py    # writes runs/coefficient/coefficient.jsonl and .png
 
-Runs in the records already are not run again; an interrupted one goes on where it was.
+Runs in the records already are not run again; an interrupted one goes on where it was. The records
+of docs/coefficient.md are docs/coefficient.jsonl.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 from orthojax import orthonormality_error
 from orthojax.analysis.picture import check_picture, new_picture, write_picture
 from orthojax.configs.digits_plain110 import get_config
+from orthojax.console import tell
 from orthojax.errors import DivergenceError
 from orthojax.inference import load
 from orthojax.launch.command_line import exit_status
@@ -30,28 +32,35 @@ PANELS = (("test_accuracy", 100, "test accuracy (%)"), (ERROR, 1, "mean orthonor
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", default=ROOT / "docs" / "coefficient.jsonl", type=local_path)
     parser.add_argument("--workdir", default=ROOT / "runs" / "coefficient", type=local_path)
+    parser.add_argument(
+        "--output", help="of the records (WORKDIR/coefficient.jsonl)", type=local_path
+    )
     arguments = parser.parse_args()
-    return exit_status(lambda: sweep(arguments.output, arguments.workdir))
+    output = arguments.output or arguments.workdir / "coefficient.jsonl"
+    return exit_status(lambda: sweep(output, arguments.workdir))
 
 
 def sweep(output: pathlib.Path, directory: pathlib.Path) -> None:
     """Trains what has no record yet, and draws all records."""
-    check_output(output)
-    check_picture(output.with_suffix(".png"))
+    if output.parent != directory:
+        check_output(output)
     output_directory(directory)
-    lines = output.read_text().splitlines() if output.exists() else []
+    check_picture(output.with_suffix(".png"))
+    lines = output.read_bytes().splitlines() if output.exists() else []
     records = [json.loads(line) for line in lines]
     finished = {(record["coefficient"], record["seed"]) for record in records}
-    for seed in range(3):
-        for coefficient in COEFFICIENTS:
-            if (coefficient, seed) not in finished:
-                workdir = directory / f"coefficient={coefficient:g}-seed={seed}"
-                records.append(train(coefficient, seed, workdir))
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
+    wanted = [(coefficient, seed) for seed in range(3) for coefficient in COEFFICIENTS]
+    left = [arm for arm in wanted if arm not in finished]
+    tell(f"{len(wanted) - len(left)} runs of {len(wanted)} are in {output}, {len(left)} are left")
+    for coefficient, seed in left:
+        workdir = directory / f"coefficient={coefficient:g}-seed={seed}"
+        records.append(train(coefficient, seed, workdir))
+        with output.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+        tell(str(records[-1]))
     draw(records, output.with_suffix(".png"))
+    tell(f"written to {output.parent}: {output.name}, {output.stem}.png", sys.stdout)
 
 
 def train(coefficient: float, seed: int, workdir: pathlib.Path) -> dict:
@@ -86,7 +95,8 @@ def draw(records: list[dict], path: pathlib.Path) -> None:
         axes.plot(*zip(*line, strict=True), color="#0072B2", linewidth=1.2)
         axes.set(xscale="log", xlabel="coefficient λ", ylabel=label)
         axes.set_xticks(list(places.values()), labels)
-    axes.set_yscale("log")
+    if runs:  # not all have diverged
+        axes.set_yscale("log")
     write_picture(picture, path)
 
 

@@ -21,6 +21,42 @@ def test_every_room_is_installed():
     assert set(listed) == found | {"orthojax.configs"} and len(listed) == len(set(listed))
 
 
+USE = """
+import pathlib, jax, jax.numpy as jnp, optax, orthojax
+from flax import nnx
+
+assert "site-packages" in orthojax.__file__
+from orthojax.configs import digits_plain110
+
+net = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+chain = optax.chain(orthojax.optax_ortho(0.1), optax.sgd(0.1))
+optimizer = nnx.Optimizer(net, chain, wrt=nnx.Param)
+optimizer.update(net, nnx.grad(lambda net: net(jnp.ones((2, 4))).sum())(net))
+config = digits_plain110.get_config("depth=8,steps=4")
+config.model.width, config.batch_size, config.mesh.data = 4, 8, 1
+config.dataset.data_dir = str(pathlib.Path("data").absolute())
+assert orthojax.train_and_evaluate(config, "run")["steps"] == 4
+orthojax.load("run")
+"""
+
+
+@pytest.mark.slow
+def test_the_oldest_packages_that_are_declared_can_be_installed_and_train(tmp_path):
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = setup["options"]["install_requires"].split("\n")
+    pins = [line.replace(" >= ", "==") for line in required if line]
+    assert all("==" in pin for pin in pins)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    subprocess.run(
+        [python, "-m", "pip", "install", "-q", "--prefer-binary", *pins, ROOT], check=True
+    )
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "XLA_FLAGS")}
+    (tmp_path / "elsewhere").mkdir()
+    subprocess.run([python, "-c", USE], cwd=tmp_path / "elsewhere", env=kept, check=True)
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_from_another_directory(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", tmp_path, ROOT]

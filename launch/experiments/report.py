@@ -83,7 +83,10 @@ def write_report(options, title, *paragraphs, pictures=None, curves=None, record
     about = "; ".join(f"{name}: {value}" for name, value in environment().items())
     parts = [f"# {title}", f"{about}; seeds: {seeds}; ± is the standard deviation over them."]
     parts += [save_picture(options, *named) for named in (pictures or {}).items()]
-    write_atomic(workdir / "report.md", "\n\n".join([*parts, *paragraphs, ""]).encode())
+    write_atomic(
+        workdir / "report.md",
+        "\n\n".join([*parts, *paragraphs, ""]).encode(errors="backslashreplace"),
+    )
     if records is None:
         paths = sorted((runs or workdir).rglob(RECORD))
         records = [

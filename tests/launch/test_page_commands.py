@@ -4,12 +4,14 @@ import json
 import pathlib
 import re
 import shlex
+from unittest import mock
 
 import jax
 import numpy as np
 import PIL.Image
 import pytest
 
+from orthojax.errors import DivergenceError
 from orthojax.launch.config_flag import run_name
 from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
@@ -21,9 +23,12 @@ TINY = (
 )
 
 
-def blocks(page, language):
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+def page(name):
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def blocks(name, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", page(name), re.MULTILINE | re.DOTALL)
 
 
 def commands(block):
@@ -97,6 +102,19 @@ def test_pictures_in_folders_and_fine_tuning(tmp_path, program):
     (tmp_path / "runs" / "pets").rename(tmp_path / "runs" / "cifar")
     said = run(program, second, tmp_path, *small)["train"]
     assert "begins as step 6 of runs/cifar: the head is kept" in said
+
+
+def test_the_sweep_of_the_coefficient_trains_what_has_no_record(tmp_path, program):
+    command = re.search(r"python launch/(sweep_coefficient).py *#", page("coefficient.md"))
+    diverged = DivergenceError("at step 3")
+    for left in (30, 0):
+        with mock.patch(
+            "orthojax.training.train.train_and_evaluate", side_effect=diverged
+        ) as train:
+            done = program(command[1], f"--workdir={tmp_path / 'runs'}")
+        assert done.code == 0 and train.call_count == left and f"{left} are left" in done.err
+    lines = (tmp_path / "runs" / "coefficient.jsonl").read_text().splitlines()
+    assert len(lines) == len(set(lines)) == 30 and (tmp_path / "runs" / "coefficient.png").exists()
 
 
 def test_a_net_of_ones_own(flags, tmp_path, monkeypatch):
