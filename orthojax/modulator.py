@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.ortho.paths import path_name
 from orthojax.sites import SITE, is_site, measurement, rescaling
@@ -73,9 +74,9 @@ def modulation(
 
     A site that did not run, or whose error vanished or overflowed, keeps what it knew. A constant
     loss scale changes nothing; one that changes is followed within a step. Wrap this in
-    `optax.MultiSteps` or `optax.apply_if_finite`, not the other way round. Clipping may stand inside
-    `inner` or before this: no norm sees a site. Behind it nothing may change the updates, a learning
-    rate least of all: they set the bounds of the sites.
+    `optax.MultiSteps` or `optax.apply_if_finite`, not the other way round. Clipping may stand in
+    `inner` or before this: no norm sees a site. Behind it nothing may change the updates, a
+    learning rate least of all: they set the bounds of the sites.
 
     Args:
       inner: any optax transformation, the whole of the optimizer.
@@ -118,10 +119,12 @@ def modulation(
       2      6.2e-02   1.00
       unmodulated, the moment of the error would change by 10^-3.8 on its way down
     """
-    _check("tolerance", tolerance, lambda v: v >= 1, "at least 1")
-    _check("steps", steps, lambda v: v >= 0, "at least 0")
-    _check("decay", decay, lambda v: 0 <= v < 1, "in [0, 1)")
-    _check("reference", reference, lambda v: 0 < v < float("inf"), "positive and finite")
+    checks.transformation("inner", inner)
+    checks.number("tolerance", tolerance, "[1, inf]", traced=True)
+    checks.number("steps", steps, "[0, inf]", traced=True)
+    checks.number("decay", decay, "[0, 1)", traced=True)
+    if reference is not None:
+        checks.number("reference", reference, "(0, inf)", traced=True)
     of_weights = optax.masked(optax.with_extra_args_support(inner), _weights)
 
     def init(params):
@@ -259,11 +262,14 @@ def read(opt_state: Any) -> Readings:
       A tuple of :class:`SiteReading`, from the input upward.
 
     Raises:
-      ValueError: there is no state of :func:`modulation`.
+      ConfigError: there is no state of :func:`modulation`.
     """
     state = find_state(opt_state)
     if state is None:
-        raise ValueError("no state of orthojax.modulation in this optimizer state")
+        raise ConfigError(
+            "there is no state of orthojax.modulation in this opt_state: wrap the optimizer, the"
+            " whole of it, in orthojax.modulation(...); without it sites do nothing"
+        )
     sites = []
     for path, site in _sites(jax.device_get(state.sites)).items():
         name = "/".join(key for key in path.split("/") if key != SITE)
@@ -290,12 +296,6 @@ def find_state(opt_state: Any) -> ModulationState | None:
         if isinstance(leaf, ModulationState)
     ]
     return found[0] if found else None
-
-
-def _check(name, value, holds, expected):
-    # Only Python numbers can be looked at: traced values pass.
-    if isinstance(value, int | float) and not holds(value):
-        raise ValueError(f"modulation: {name}={value} must be {expected}")
 
 
 def _log_growth(moment, scale, ran):

@@ -26,6 +26,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from orthojax import checks
+from orthojax.errors import ConfigError
+
 #: A parameter is a site if this is its name, in whichever framework.
 SITE = "modulation_site"
 
@@ -51,11 +54,19 @@ def init_site(position: float = 0.0, shape: tuple[int, ...] = ()) -> jax.Array:
     Returns:
       float32 `(*shape, 3)`. Store it among the parameters under the name `modulation_site`.
 
+    Raises:
+      ConfigError: the position is no finite number, or the shape no tuple of sizes.
+
     Example:
       >>> init_site(position=4).tolist(), init_site(shape=(36,)).shape
       ([0.0, 0.0, 4.0], (36, 3))
     """
-    return jnp.broadcast_to(jnp.asarray([0, 0, position], jnp.float32), (*shape, 3))
+    checks.number("position", position, traced=True)
+    checks.fits("position", position, jnp.float32)
+    shape = checks.shape("shape", shape)
+    bounds = jnp.zeros((*shape, 2), jnp.float32)
+    place = jnp.full((*shape, 1), position, jnp.float32)
+    return jnp.concatenate([bounds, place], axis=-1)
 
 
 def modulate(x: jax.Array, site: jax.Array) -> jax.Array:
@@ -81,7 +92,7 @@ def modulate(x: jax.Array, site: jax.Array) -> jax.Array:
       The same `x`.
 
     Raises:
-      TypeError: `x` is not floating, or `site` is not of the shape above and a dtype with the
+      ConfigError: `x` is not floating, or `site` is not of the shape above and a dtype with the
         exponents of float32.
 
     Example:
@@ -96,11 +107,9 @@ def modulate(x: jax.Array, site: jax.Array) -> jax.Array:
       >>> print(error, round(float(moment), 6), float(weight))
       [1. 1. 1.] 0.01 1.0
     """
-    x, site = jnp.asarray(x), jnp.asarray(site)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"modulate needs floating activations; x is {x.dtype}")
+    x, site = checks.array("x", x), checks.array("site", site)
     if site.shape != (3,) or site.dtype.name not in _SITE_DTYPES:
-        raise TypeError(
+        raise ConfigError(
             f"modulate needs a site of shape (3,) in {' or '.join(_SITE_DTYPES)}, from "
             f"orthojax.init_site(); it is {site.dtype} {site.shape}. Stacked sites belong to a "
             "scan or vmap over layers, and float16 cannot hold a second moment"
@@ -121,7 +130,8 @@ def _site_forward(x, site):
 def _site_backward(site, cotangent):
     moment = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
     rho, measured = rescaling(moment, site, cotangent.dtype)
-    return (rho * cotangent).astype(cotangent.dtype), measured
+    wide = jnp.promote_types(cotangent.dtype, jnp.float32)
+    return (rho.astype(wide) * cotangent.astype(wide)).astype(cotangent.dtype), measured
 
 
 _site.defvjp(_site_forward, _site_backward)
@@ -164,12 +174,18 @@ def measurement(gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
       much they count: 1 a site and backward pass, times whatever the gradient was multiplied with.
       Both float32.
 
+    Raises:
+      ConfigError: `gradient` is no floating array `(..., 3)`.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> loss = lambda site: jnp.sum(0.5 * modulate(modulate(jnp.ones(3), site), site))
       >>> [float(x) for x in measurement(jax.grad(loss)(init_site()))]
       [0.25, 2.0]
     """
+    gradient = checks.array("gradient", gradient, 1)
+    if gradient.shape[-1] != 3:
+        raise checks.refuse("gradient", gradient, "that of a site, of shape (..., 3)")
     gradient = gradient.astype(jnp.float32)
     total, weight = gradient[..., 0] / _MOMENT, gradient[..., 1] / _WEIGHT
     return total / jnp.where(weight == 0, 1, weight), weight
