@@ -10,6 +10,7 @@ from orthojax.ortho.kernels import Kernel, find_kernels
 from orthojax.ortho.measures import errors_of
 from orthojax.ortho.views import View
 
+_WIDEST = 30  # characters of a reason that stands in the table
 _HEADINGS = ("path", "shape", "blocks", "f_in × f_out", "groups", "penalized", "error")
 
 
@@ -40,11 +41,11 @@ class Row:
         """Whether `optax_ortho` with the same arguments touches it."""
         return not self.reason
 
-    def cells(self) -> tuple[str, ...]:
-        """The row as text, one cell for each heading."""
+    def cells(self, note: str = "") -> tuple[str, ...]:
+        """The row as text, one cell for each heading; a note stands in the place of a reason."""
         shape = "×".join(map(str, self.shape)) or "scalar"
         if self.fan is None or self.reason:
-            return (self.path, shape, "", "", "", f"no: {self.reason}", "")
+            return (self.path, shape, "", "", "", f"no: {note or self.reason}", "")
         error = "" if self.error is None else f"{self.error:.2e}"
         fan = f"{self.fan[0]} × {self.fan[1]}"
         return (self.path, shape, str(self.blocks), fan, _runs(self.groups), "yes", error)
@@ -57,10 +58,13 @@ class Table:
     rows: tuple[Row, ...]
 
     def __str__(self) -> str:
-        lines = [_HEADINGS, *(row.cells() for row in self.rows)]
+        reasons = dict.fromkeys(row.reason for row in self.rows if len(row.reason) > _WIDEST)
+        notes = {reason: f"see note {number}" for number, reason in enumerate(reasons, 1)}
+        lines = [_HEADINGS, *(row.cells(notes.get(row.reason, "")) for row in self.rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         penalized = sum(row.penalized for row in self.rows)
+        text += [f"note {number}: {reason}" for number, reason in enumerate(reasons, 1)]
         return "\n".join([*text, f"{penalized} of {len(self.rows)} parameters penalized"])
 
 
@@ -71,8 +75,9 @@ def describe(
 
     Columns: path; shape; blocks (stacked layers × feature groups); `f_in × f_out` of a block; sizes
     of its column groups; penalized, or why not; `orthonormality_error` at present. A parameter that
-    the view cannot tell, an error elsewhere, is a row with the error's text here. What is no array
-    (`None`, a function, a Python number) is no parameter and has no row.
+    the view cannot tell, an error elsewhere, is a row here; its text, like every long reason, is a
+    note below the table. What is no array (`None`, a function, a Python number) is no parameter and
+    has no row.
 
     Args:
       params: Parameter tree, of arrays or of `jax.ShapeDtypeStruct` (then without errors).
@@ -80,6 +85,9 @@ def describe(
 
     Returns:
       A `Table`; `str` of it is the table as text.
+
+    Raises:
+      ConfigError: `params` is no tree of arrays; an unknown grouping; an invalid mask or view.
 
     Example:
       >>> import jax.numpy as jnp

@@ -10,8 +10,9 @@ import warnings
 import jax
 import jax.numpy as jnp
 
+from orthojax import checks
 from orthojax.errors import ConfigError
-from orthojax.matrices import accumulation_dtype, group_sizes, orthonormal_factor
+from orthojax.matrices import GROUPINGS, accumulation_dtype, group_sizes, orthonormal_factor
 
 
 def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1):
@@ -38,8 +39,8 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1
       the rounding of an orthonormal one.
 
     Raises:
-      ConfigError: Unknown `groups`; at call time, a shape of rank < 2, a non-floating dtype, or
-        outputs that `feature_groups` does not divide.
+      ConfigError: Unknown `groups`, an impossible number; at call time, a shape of rank < 2, a
+        non-floating dtype, or outputs that `feature_groups` does not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -52,10 +53,12 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1
         raise ConfigError(
             "groups='none': more columns than rows cannot be orthonormal in one group"
         )
-    group_sizes(1, 1, groups)
+    checks.choice("groups", groups, GROUPINGS[:2])
+    checks.number("gain", gain, "[0, inf)", traced=True)
+    checks.integer("feature_groups", feature_groups, 1)
 
     def init(key, shape, dtype=jnp.float32):
-        dtype = _floating(dtype, shape, minimum_rank=2)
+        shape, dtype = _of_kernel(shape, dtype, gain)
         rows, columns = math.prod(shape[:-1]), _columns_of_a_group(shape, feature_groups)
         if not rows or not columns:
             return jnp.zeros(shape, dtype)
@@ -64,7 +67,7 @@ def orthonormal(groups: str = "ceil", gain: float = 1.0, feature_groups: int = 1
             feature_groups,
             lambda k: _grouped_columns(k, rows, columns, groups, accumulation_dtype(dtype)),
         )
-        return (gain * matrix.reshape(shape)).astype(dtype)
+        return _scaled(matrix.reshape(shape), gain).astype(dtype)
 
     return init
 
@@ -95,16 +98,17 @@ def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
       gain: Singular value of the convolution.
       feature_groups: `feature_group_count` of the convolution, by default 1; each group gets a
         matrix `A` of its own, and the statements above hold for it. An expanding kernel and that of
-        a grouped or depthwise convolution have one shape and different matrices: a warning says so
-        where a window has more outputs than inputs and this is not given.
+        a grouped convolution have one shape and different matrices, and nothing tells them apart:
+        **give it to every grouped convolution**. A window of one input is most often that of a
+        depthwise one: a warning says so where this is not given.
 
     Returns:
       `init(key, shape, dtype=float32)`; `shape` of rank >= 2 (rank 2 is a dense layer: no window),
       `dtype` any floating dtype, computed in float32 or better, then cast.
 
     Raises:
-      ConfigError: At call time, a shape of rank < 2, a non-floating dtype, or outputs that
-        `feature_groups` does not divide.
+      ConfigError: An impossible number; at call time, a shape of rank < 2, a non-floating dtype, or
+        outputs that `feature_groups` does not divide.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -114,14 +118,18 @@ def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
       (True, 'bfloat16')
     """
 
+    checks.number("gain", gain, "[0, inf)", traced=True)
+    if feature_groups is not None:
+        checks.integer("feature_groups", feature_groups, 1)
+
     def init(key, shape, dtype=jnp.float32):
-        dtype = _floating(dtype, shape, minimum_rank=2)
+        shape, dtype = _of_kernel(shape, dtype, gain)
         *window, inputs, outputs = shape
-        if feature_groups is None and window and outputs > inputs:
+        if feature_groups is None and window and inputs == 1 < outputs:
             warnings.warn(
-                f"delta_orthonormal: a kernel of shape {tuple(shape)} is taken for that of an"
-                " expanding convolution; it is no isometry of a grouped or depthwise one. Say which"
-                " by delta_orthonormal(feature_groups=1), or the layer's feature_group_count there",
+                f"delta_orthonormal: a kernel of shape {shape} is taken for that of a convolution"
+                " of one channel; it is no isometry of a depthwise one. Say which by"
+                " delta_orthonormal(feature_groups=1), or the layer's feature_group_count there",
                 stacklevel=2,
             )
         groups = feature_groups or 1
@@ -132,7 +140,7 @@ def delta_orthonormal(gain: float = 1.0, feature_groups: int | None = None):
             key, groups, lambda k: _semi_orthonormal(k, inputs, columns, accumulation_dtype(dtype))
         )
         center = tuple((size - 1) // 2 for size in window)
-        kernel = jnp.zeros(shape, tap.dtype).at[center].set(gain * tap)
+        kernel = jnp.zeros(shape, tap.dtype).at[center].set(_scaled(tap, gain))
         return kernel.astype(dtype)
 
     return init
@@ -165,17 +173,18 @@ def carrying(share: float = 0.5):
       >>> bool(jnp.allclose(matrix.T @ matrix, jnp.eye(4), atol=1e-6))
       True
     """
-    if not 0 <= share <= 1:
-        raise ConfigError(f"share={share} of the outputs: it must be from 0 to 1")
+    checks.number("share", share, "[0, 1]")
 
     def init(key, shape, dtype=jnp.float32):
-        dtype = _floating(dtype, shape, minimum_rank=2)
+        shape, dtype = _of_kernel(shape, dtype)
         *window, inputs, outputs = shape
         if inputs != outputs:
             raise ConfigError(
-                f"a kernel of shape {tuple(shape)} carries nothing: it has {inputs} inputs and"
+                f"a kernel of shape {shape} carries nothing: it has {inputs} inputs and"
                 f" {outputs} outputs, which must be as many"
             )
+        if 0 in shape:
+            return jnp.zeros(shape, dtype)
         carried = jnp.arange(round(share * outputs))
         taps = (*((size - 1) // 2 for size in window), carried)
         wide = accumulation_dtype(dtype)
@@ -201,7 +210,8 @@ def mirrored(init):
       `init(key, shape, dtype=float32)`.
 
     Raises:
-      ConfigError: at call time, an odd number of inputs.
+      ConfigError: `init` cannot be called; at call time, a shape of rank < 2 or an odd number of
+        inputs.
 
     Example:
       >>> import jax
@@ -210,10 +220,13 @@ def mirrored(init):
       True
     """
 
+    checks.function("init", init, "an initializer (key, shape, dtype) -> array")
+
     def mirror(key, shape, dtype=jnp.float32):
+        shape, dtype = _of_kernel(shape, dtype)
         *window, inputs, outputs = shape
         if inputs % 2:
-            raise ConfigError(f"a kernel of shape {tuple(shape)} has no two halves of its inputs")
+            raise ConfigError(f"a kernel of shape {shape} has no two halves of its {inputs} inputs")
         half = init(key, (*window, inputs // 2, outputs), dtype)
         return jnp.concatenate([half, -half], axis=-2)
 
@@ -223,13 +236,23 @@ def mirrored(init):
 def orthonormal_columns(key, rows: int, columns: int, dtype=jnp.float32) -> jax.Array:
     """A Haar-distributed `(rows, columns)` matrix with `QᵀQ = I`; `rows >= columns`.
 
+    Computed in float32, or float64 if that is the dtype, and then cast.
+
+    Raises:
+      ConfigError: An impossible number, or a non-floating dtype.
+
     Example:
       >>> import jax
       >>> orthonormal_columns(jax.random.key(0), 5, 3).shape
       (5, 3)
     """
+    checks.integer("columns", columns, 0)
+    checks.integer("rows", rows, columns)
+    checks.shape("rows, columns", (rows, columns))
+    dtype = checks.dtype("dtype", dtype)
+    wide = accumulation_dtype(dtype)
     # With other signs than those of Gram-Schmidt Q would not be uniformly distributed.
-    return orthonormal_factor(jax.random.normal(key, (rows, columns), dtype))
+    return orthonormal_factor(jax.random.normal(key, (rows, columns), wide)).astype(dtype)
 
 
 def _of_every_group(key, groups, make):
@@ -262,21 +285,26 @@ def _grouped_columns(key, fan_in, fan_out, groups, dtype):
 
 
 def _columns_of_a_group(shape, feature_groups):
-    if feature_groups < 1 or shape[-1] % feature_groups:
+    if shape[-1] % feature_groups:
         raise ConfigError(
-            f"the {shape[-1]} outputs of a kernel of shape {tuple(shape)} cannot be cut into"
+            f"the {shape[-1]} outputs of a kernel of shape {shape} cannot be cut into"
             f" feature_groups={feature_groups} equal parts"
         )
     return shape[-1] // feature_groups
 
 
-def _floating(dtype, shape, minimum_rank):
-    dtype = jax.dtypes.canonicalize_dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ConfigError(f"dtype {dtype} of a kernel of shape {tuple(shape)} is not floating")
-    if len(shape) < minimum_rank:
+def _of_kernel(shape, dtype, gain=1.0):
+    """Shape and dtype of a kernel, checked."""
+    shape = checks.shape("shape", shape)
+    dtype = checks.dtype("dtype", dtype)
+    if len(shape) < 2:
         raise ConfigError(
-            f"a kernel of shape {tuple(shape)} has no matrix: rank {minimum_rank} or more is needed"
+            f"a kernel of shape {shape} has no matrix: rank 2 or more is needed"
             " (inputs, then the outputs); initialize biases and scales with something else"
         )
-    return dtype
+    checks.fits("gain", gain, dtype)
+    return shape, dtype
+
+
+def _scaled(matrix, gain):
+    return jnp.asarray(gain, matrix.dtype) * matrix

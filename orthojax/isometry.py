@@ -20,36 +20,51 @@ is the image and not what a ReLU let through, the growth is :math:`\Phi(\beta)`.
 
 import math
 
-from orthojax.errors import ConfigError
+from orthojax import checks
 
 _LARGEST_BIAS = 8.0  # where the growth per layer is 1 to within a double's precision
+_LIMIT = 37.0  # beyond which the tail of the normal distribution is not a double
 
 
 def error_growth(bias: float) -> float:
     r"""Growth :math:`g(\beta)` of the squared error per Conv-BN-ReLU layer at initialization.
 
     Args:
-      bias: :math:`\beta`, of batch normalization.
+      bias: :math:`\beta`, of batch normalization, at least -37: below, no double holds what passes.
+
+    Raises:
+      ConfigError: the bias is out of its range.
 
     Example:
       >>> [round(error_growth(bias), 3) for bias in (0.0, 1.0, 2.0)]
       [1.467, 1.12, 1.018]
     """
+    checks.number("bias", bias, f"[{-_LIMIT}, inf)")
     return passed_share(bias) / relu_variance(bias)
 
 
 def passed_share(bias: float) -> float:
-    r""":math:`\Phi(\beta)`, the share of :math:`N(\beta, 1)` that a ReLU lets pass."""
+    r""":math:`\Phi(\beta)`, the share of :math:`N(\beta, 1)` that a ReLU lets pass.
+
+    Raises:
+      ConfigError: the bias is no finite number.
+    """
+    checks.number("bias", bias)
     return math.erfc(-bias / math.sqrt(2)) / 2
 
 
 def relu_variance(bias: float) -> float:
     r""":math:`\mathrm{Var}[\mathrm{ReLU}(N(\beta, 1))]`.
 
+    Raises:
+      ConfigError: the bias is no finite number.
+
     Example:
       >>> round(relu_variance(0.0), 4)  # (1 - 1/π) / 2
       0.3408
     """
+    checks.number("bias", bias)
+    bias = max(-_LIMIT, min(_LIMIT, float(bias)))
     if bias < 0:  # directly, where the complement would be nearly all of it
         density = math.exp(-(bias**2) / 2) / math.sqrt(2 * math.pi)
         passed = passed_share(bias)
@@ -88,10 +103,8 @@ def isometric_bias(layers: int, growth: float = 6.8) -> float:
       >>> isometric_bias(5)
       0.0
     """
-    if layers < 1 or not growth > 1:
-        raise ConfigError(
-            f"layers={layers}, growth={growth}: there must be a layer, and more than 1 to grow by"
-        )
+    checks.integer("layers", layers, 1)
+    checks.number("growth", growth, "(1, inf)")
     wanted = math.log(growth) / layers
     low, high = 0.0, _LARGEST_BIAS
     if math.log(error_growth(low)) <= wanted:

@@ -10,6 +10,7 @@ import flax.errors
 import jax
 from flax import linen as nn
 
+from orthojax import checks
 from orthojax.sites import SITE, init_site, modulate
 
 PARAMETRIC = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -75,11 +76,18 @@ class Modulated(nn.Module):
       >>> state = TrainState.create(apply_fn=net.apply, params=params, tx=tx)
 
     Raises:
+      ConfigError: `net` is no module or `where` no function.
       TypeError: `where` chose a module that does not return one array.
     """
 
     net: nn.Module
     where: Callable[[nn.Module, tuple[str, ...]], bool] = is_parametric
+
+    def __post_init__(self):
+        if not isinstance(self.net, nn.Module):
+            raise checks.refuse("net", self.net, "a Flax linen module, not a class or a function")
+        checks.function("where", self.where, "a function (module, path) -> bool")
+        super().__post_init__()
 
     def setup(self):
         nn.share_scope(self, self.net)

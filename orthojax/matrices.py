@@ -10,13 +10,16 @@ merged), so that a kernel which is sharded over one of them stays sharded.
 
 import dataclasses
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 
 GROUPINGS = ("ceil", "literal", "none")
+_MOST_AXES = 64  # NumPy's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +38,9 @@ class KernelAxes:
         many blocks, which read disjoint inputs and are therefore orthogonal to each other already.
       strides: Window strides along `spatial`, one for all or one each (`conv` variant alone).
 
+    Raises:
+      ConfigError: Axes that are no integers; groups or strides that are not positive.
+
     Example:
       >>> KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1)).matrix_shape((3, 3, 16, 32))
       (144, 32)
@@ -49,7 +55,13 @@ class KernelAxes:
     def __post_init__(self):
         for name in ("inputs", "outputs", "spatial"):
             axes = getattr(self, name)
-            object.__setattr__(self, name, (axes,) if isinstance(axes, int) else tuple(axes))
+            axes = (axes,) if isinstance(axes, numbers.Integral) else axes
+            expected = "an axis or a tuple of axes, such as (0, 1)"
+            axes = checks.integers(name, axes, -_MOST_AXES, expected, high=_MOST_AXES)
+            object.__setattr__(self, name, axes)
+        groups = checks.integer("feature_groups", self.feature_groups, 1)
+        object.__setattr__(self, "feature_groups", groups)
+        object.__setattr__(self, "strides", checks.strides("strides", self.strides))
 
     def normalized(self, ndim: int) -> "KernelAxes":
         """These axes with every number non-negative, checked against an array of rank `ndim`.
@@ -91,7 +103,7 @@ class KernelAxes:
         axes = self.normalized(len(shape))
         fan_in = math.prod(shape[axis] for axis in axes.inputs)
         fan_out = math.prod(shape[axis] for axis in axes.outputs)
-        if self.feature_groups < 1 or fan_out % self.feature_groups:
+        if fan_out % self.feature_groups:
             raise ConfigError(
                 f"{fan_out} outputs of a kernel of shape {tuple(shape)} cannot be cut into"
                 f" feature_groups={self.feature_groups} equal blocks"
@@ -104,10 +116,15 @@ def default_axes(ndim: int, stacked: int = 0) -> KernelAxes:
 
     All inputs but the last are taken for the window of a convolution.
 
+    Raises:
+      ConfigError: Fewer than two axes are left for a matrix.
+
     Example:
       >>> default_axes(4)
       KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1), feature_groups=1, strides=1)
     """
+    checks.integer("stacked", stacked, 0)
+    checks.integer("ndim", ndim, stacked + 2)
     return KernelAxes(
         inputs=tuple(range(stacked, ndim - 1)),
         outputs=(ndim - 1,),
@@ -127,14 +144,15 @@ def group_sizes(fan_in: int, fan_out: int, grouping: str = "ceil") -> tuple[int,
     - `"none"`: one group; `WᵀW = I` is then out of reach by `fan_out − fan_in` (squared norm).
 
     Raises:
-      ConfigError: An unknown grouping.
+      ConfigError: An unknown grouping, or a number that is not positive.
 
     Example:
       >>> group_sizes(27, 64), len(group_sizes(27, 64, "literal")), group_sizes(27, 64, "none")
       ((27, 27, 10), 12, (64,))
     """
-    if grouping not in GROUPINGS:
-        raise ConfigError(f"grouping={grouping!r} is unknown: choose one of {GROUPINGS}")
+    checks.integer("fan_in", fan_in, 1)
+    checks.integer("fan_out", fan_out, 1)
+    checks.choice("grouping", grouping, GROUPINGS)
     if fan_in >= fan_out or grouping == "none":
         return (fan_out,)
     whole, rest = divmod(fan_out, fan_in)
@@ -147,11 +165,14 @@ def accumulation_dtype(dtype) -> jnp.dtype:
 
     (And if it is enabled: a NumPy array of float64 is a float32 one to JAX, unless told otherwise.)
 
+    Raises:
+      ConfigError: It is no floating dtype.
+
     Example:
       >>> accumulation_dtype("bfloat16")
       dtype('float32')
     """
-    wide = jax.dtypes.canonicalize_dtype(dtype) == jnp.float64
+    wide = checks.dtype("dtype", dtype) == jnp.float64
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
@@ -168,13 +189,17 @@ def to_blocks(kernel: jax.Array, axes: KernelAxes, grouping: str = "none") -> ja
       The blocks in `accumulation_dtype(kernel.dtype)`. The order of blocks is stack (row-major),
       feature group, column group.
 
+    Raises:
+      ConfigError: `kernel` is no floating array, has none of the axes, or an axis without elements;
+        an unknown grouping.
+
     Example:
       >>> import jax.numpy as jnp
       >>> to_blocks(jnp.ones((3, 3, 3, 64)), default_axes(4), "ceil").shape
       (3, 3, 3, 3, 27)
     """
-    fan_in, fan_out = axes.matrix_shape(kernel.shape)
-    sizes = group_sizes(fan_in, fan_out, grouping)
+    kernel = checks.array("kernel", kernel, 2)
+    _, fan_out, sizes = _sizes(kernel.shape, axes, grouping)
     stack, inputs, _ = _ordered_shape(kernel.shape, axes)
     kernel = kernel.astype(accumulation_dtype(kernel.dtype))
     kernel = kernel.transpose(_order(kernel.ndim, axes))
@@ -192,15 +217,22 @@ def from_blocks(
 ) -> jax.Array:
     """The kernel of the given shape that `to_blocks` turned into these blocks (dtype unchanged).
 
+    Raises:
+      ConfigError: `blocks` are not those of such a kernel; otherwise as `to_blocks`.
+
     Example:
       >>> kernel = jnp.arange(20.0).reshape(2, 10)
       >>> blocks = to_blocks(kernel, default_axes(2), "ceil")
       >>> bool((from_blocks(blocks, (2, 10), default_axes(2), "ceil") == kernel).all())
       True
     """
-    fan_in, fan_out = axes.matrix_shape(shape)
-    sizes = group_sizes(fan_in, fan_out, grouping)
+    shape = checks.shape("shape", shape)
+    _, _, sizes = _sizes(shape, axes, grouping)
     stack, inputs, ordered = _ordered_shape(shape, axes)
+    whole = (stack * axes.feature_groups * len(sizes), *inputs, max(sizes))
+    blocks = checks.array("blocks", blocks)
+    if blocks.shape != whole:
+        raise checks.refuse("blocks", blocks, f"of shape {whole}, for a kernel of shape {shape}")
     if axes.feature_groups > 1 or len(sizes) > 1:
         blocks = blocks.reshape((stack, axes.feature_groups, len(sizes), *inputs, max(sizes)))
         blocks = jnp.moveaxis(blocks, (1, 2), (-3, -2))
@@ -215,12 +247,15 @@ def valid_columns(shape: tuple[int, ...], axes: KernelAxes, grouping: str = "non
 
     Computed in the program, from the sizes alone: for a wide kernel it would be a large constant.
 
+    Raises:
+      ConfigError: As `to_blocks`.
+
     Example:
       >>> valid_columns((2, 3), default_axes(2), "ceil").tolist()
       [[True, True], [True, False]]
     """
-    fan_in, fan_out = axes.matrix_shape(shape)
-    sizes = group_sizes(fan_in, fan_out, grouping)
+    shape = checks.shape("shape", shape)
+    _, _, sizes = _sizes(shape, axes, grouping)
     width, whole = max(sizes), sum(size == max(sizes) for size in sizes)
     layers = math.prod(shape[axis] for axis in axes.stack(len(shape))) * axes.feature_groups
     valid_shape = (layers, len(sizes), width)
@@ -234,20 +269,31 @@ def gram(blocks: jax.Array) -> jax.Array:
     `Precision.HIGHEST` keeps TPUs from multiplying in bfloat16 and GPUs from TensorFloat-32, in
     which the difference to the identity would be noise.
 
+    Raises:
+      ConfigError: `blocks` are no floating array of rank 2 or more.
+
     Example:
       >>> gram(jnp.array([[[1.0, 2.0], [0.0, 1.0]]])).tolist()
       [[[1.0, 2.0], [2.0, 5.0]]]
     """
+    blocks = checks.array("blocks", blocks, 2)
     return cross_gram(blocks, blocks)
 
 
 def cross_gram(left: jax.Array, right: jax.Array) -> jax.Array:
     """`VᵀW` of every pair of blocks: twice `(blocks, *inputs, n)` to `(blocks, n, n)`.
 
+    Raises:
+      ConfigError: They are no floating arrays of rank 2 or more, alike but for the columns.
+
     Example:
       >>> cross_gram(jnp.array([[[1.0], [2.0]]]), jnp.array([[[3.0], [4.0]]])).tolist()
       [[[11.0]]]
     """
+    left, right = checks.array("left", left, 2), checks.array("right", right, 2)
+    if left.shape[:-1] != right.shape[:-1] or left.dtype != right.dtype:
+        expected = f"of shape {(*left.shape[:-1], 'n')} and dtype {left.dtype}, as `left`"
+        raise checks.refuse("right", right, expected)
     rows = tuple(range(1, left.ndim - 1))
     return jax.lax.dot_general(
         left, right, ((rows, rows), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
@@ -260,10 +306,14 @@ def orthonormal_factor(matrices: jax.Array) -> jax.Array:
     Householder QR leaves the signs of R's diagonal arbitrary; Gram-Schmidt makes them positive,
     which makes `Q` unique and continuous in `M`.
 
+    Raises:
+      ConfigError: `matrices` are no floating array with at least as many rows as columns.
+
     Example:
       >>> orthonormal_factor(jnp.array([[-3.0], [4.0]])).round(3).tolist()
       [[-0.6000000238418579], [0.800000011920929]]
     """
+    matrices = checks.tall("matrices", matrices)
     q, r = jnp.linalg.qr(matrices)
     diagonal = jnp.diagonal(r, axis1=-2, axis2=-1)
     return q * jnp.where(diagonal < 0, -1, 1).astype(matrices.dtype)[..., None, :]
@@ -272,14 +322,36 @@ def orthonormal_factor(matrices: jax.Array) -> jax.Array:
 def times(blocks: jax.Array, matrices: jax.Array) -> jax.Array:
     """`W M` of every block: `(blocks, *inputs, n)`, `(blocks, n, m)` to `(blocks, *inputs, m)`.
 
+    Raises:
+      ConfigError: They are no floating arrays whose shapes and dtypes fit together.
+
     Example:
       >>> times(jnp.ones((1, 3, 3, 2)), jnp.ones((1, 2, 5))).shape
       (1, 3, 3, 5)
     """
+    blocks, matrices = checks.array("blocks", blocks, 2), checks.array("matrices", matrices, 3)
+    wanted = (blocks.shape[0], blocks.shape[-1])
+    if matrices.shape[:-1] != wanted or matrices.dtype != blocks.dtype:
+        expected = f"of shape {(*wanted, 'm')} and dtype {blocks.dtype}, as `blocks` need"
+        raise checks.refuse("matrices", matrices, expected)
     last = blocks.ndim - 1
     return jax.lax.dot_general(
         blocks, matrices, (((last,), (1,)), ((0,), (0,))), precision=jax.lax.Precision.HIGHEST
     )
+
+
+def _sizes(shape, axes, grouping):
+    """`f_in`, `f_out` and the sizes of the column groups, of a kernel of this shape."""
+    if not isinstance(axes, KernelAxes):
+        raise checks.refuse("axes", axes, "KernelAxes(inputs=..., outputs=...)")
+    checks.choice("grouping", grouping, GROUPINGS)
+    if 0 in shape:
+        raise checks.refuse("shape", shape, "that of a kernel with elements")
+    try:
+        fan_in, fan_out = axes.matrix_shape(shape)
+    except ConfigError as error:
+        raise ConfigError(f"a kernel of shape={tuple(shape)}: {error}") from None
+    return fan_in, fan_out, group_sizes(fan_in, fan_out, grouping)
 
 
 def _order(ndim, axes):

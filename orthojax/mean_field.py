@@ -22,19 +22,30 @@ from typing import Any
 import numpy as np
 from scipy import optimize, special
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(201)
 _WEIGHTS = _WEIGHTS / math.sqrt(2 * math.pi)
 
+# A softplus that bends more sharply falls between the nodes.
+_SHARPEST = 10.0
+
+#: Of a net whose slope is solved for layer by layer: some seconds.
+MOST_LAYERS = 100_000
+
 
 def expectation(function: Callable[[np.ndarray], np.ndarray]) -> float:
     """E[f(z)] of a smooth f and a standard normal z, in float64, by Gauss-Hermite quadrature.
+
+    Raises:
+      ConfigError: `function` cannot be called.
 
     Example:
       >>> round(expectation(np.square), 12)
       1.0
     """
+    checks.function("function", function, "a function of an array")
     return float(_WEIGHTS @ function(_NODES))
 
 
@@ -58,8 +69,7 @@ def critical_tanh(bias_variance: float) -> tuple[float, float]:
       >>> round(gain**2, 2), round(q, 3)
       (1.05, 0.026)
     """
-    if not 1e-9 <= bias_variance <= 0.1:
-        raise ConfigError(f"bias_variance={bias_variance} must be from 1e-9 to 0.1")
+    checks.number("bias_variance", bias_variance, "[1e-9, 0.1]")
 
     def gain_squared(q):
         return 1 / expectation(lambda z: np.cosh(np.sqrt(q) * z) ** -4.0)
@@ -93,8 +103,8 @@ def normalized_tanh_scale(layers: int, growth: float = 6.8) -> float:
       >>> round(normalized_tanh_scale(109), 2)
       0.4
     """
-    if layers < 1 or not growth > 1:
-        raise ConfigError(f"layers={layers}, growth={growth}: at least 1, and more than 1")
+    checks.integer("layers", layers, 1)
+    checks.number("growth", growth, "(1, inf)")
 
     def missing(log_scale):
         scale = math.exp(log_scale)
@@ -114,8 +124,18 @@ def leaky_cosine(cosine: np.ndarray | float, slope: float) -> np.ndarray:
     Args:
       cosine: c, from -1 to 1.
       slope: a, that of the negative part.
+
+    Raises:
+      ConfigError: an argument is out of its range.
     """
-    c = np.clip(np.asarray(cosine, np.float64), -1, 1)
+    try:
+        c = np.asarray(cosine)
+    except (TypeError, ValueError):  # lists that are no array
+        c = np.asarray(None)
+    if c.dtype.kind not in "iuf" or not (np.abs(c) <= 1 + 1e-6).all():
+        raise checks.refuse("cosine", cosine, "numbers in [-1, 1]")
+    checks.number("slope", slope, "[-1e150, 1e150]")
+    c = np.clip(c.astype(np.float64), -1, 1)  # rounding
     bend = (1 - slope) ** 2 / (math.pi * (1 + slope**2))
     return c + bend * (np.sqrt(1 - c**2) - c * np.arccos(c))
 
@@ -130,7 +150,7 @@ def tailored_slope(layers: int, cosine: float = 0.9) -> float:
     Source: Zhang et al. 2022, arXiv:2203.08120, section 4.2.
 
     Args:
-      layers: at least 1.
+      layers: from 1 to 100,000.
       cosine: between 0 and 1, 0.9 in the paper.
 
     Raises:
@@ -141,14 +161,14 @@ def tailored_slope(layers: int, cosine: float = 0.9) -> float:
       >>> round(tailored_slope(109), 3)
       0.586
     """
-    if layers < 1 or not 0 < cosine < 1:
-        raise ConfigError(f"layers={layers}, cosine={cosine}: at least 1, and between 0 and 1")
+    checks.integer("layers", layers, 1, MOST_LAYERS)
+    checks.number("cosine", cosine, "(0, 1)")
 
     def at_the_end(slope):
-        c = np.float64(0.0)
+        c, bend = 0.0, (1 - slope) ** 2 / (math.pi * (1 + slope**2))
         for _ in range(layers):
-            c = leaky_cosine(c, slope)
-        return float(c) - cosine
+            c = min(1.0, c + bend * (math.sqrt(1 - c**2) - c * math.acos(c)))
+        return c - cosine
 
     return 0.0 if at_the_end(0.0) <= 0 else optimize.brentq(at_the_end, 0.0, 1.0, xtol=1e-12)
 
@@ -158,12 +178,19 @@ class Shaped:
     """`outer · (softplus(inner · x + shift) + offset)`, with the numbers of `shaped_softplus`.
 
     Called with x, and with `jnp.logaddexp` where that is a JAX array.
+
+    Raises:
+      ConfigError: one of the numbers is none, or not finite.
     """
 
     inner: float
     shift: float
     outer: float = 1.0
     offset: float = 0.0
+
+    def __post_init__(self):
+        for name in ("inner", "shift", "outer", "offset"):
+            checks.number(name, getattr(self, name))
 
     def __call__(self, x: Any, logaddexp: Callable = np.logaddexp) -> Any:
         return self.outer * (logaddexp(self.inner * x + self.shift, 0.0) + self.offset)
@@ -180,18 +207,18 @@ def shaped_softplus(layers: int, slope: float = 1.5) -> Shaped:
     Source: Martens et al. 2021, arXiv:2110.01765.
 
     Args:
-      layers: at least 1.
+      layers: at least 1; with the paper's slope at least 2.
       slope: of the whole net, more than 1; 1.5 in the paper.
 
     Raises:
-      ConfigError: an argument is out of its range.
+      ConfigError: an argument is out of its range, or no softplus does that.
 
     Example:
       >>> shaped_softplus(109).inner < 0.5
       True
     """
-    if layers < 1 or not slope > 1:
-        raise ConfigError(f"layers={layers}, slope={slope}: at least 1, and more than 1")
+    checks.integer("layers", layers, 1)
+    checks.number("slope", slope, "(1, inf)")
 
     def shaped(inner, shift):
         form = Shaped(inner, shift)
@@ -207,11 +234,19 @@ def shaped_softplus(layers: int, slope: float = 1.5) -> Shaped:
         local = expectation(lambda z: derivative(z) ** 2) - 1
         moment = expectation(lambda z: z * form(z) * derivative(z)) - 1
         # Both are small where the net is deep: on the scale of what is wanted.
-        wanted = slope ** (1 / layers) - 1
         return [math.log(local / wanted), moment / wanted]
 
+    wanted = math.expm1(math.log(slope) / layers)
     guess = [math.log(min(1.0, 3 * math.log(slope) / layers + 0.1)), 0.5]
-    found = optimize.root(missing, guess, tol=1e-11)
-    if not found.success and np.abs(found.fun).max() > 1e-6:
-        raise ConfigError(f"no softplus is found for layers={layers}, slope={slope}")
+    try:
+        found = optimize.root(missing, guess, tol=1e-11)
+        solved = np.abs(found.fun).max() <= 1e-6 and found.x[0] <= math.log(_SHARPEST)
+    except (ValueError, OverflowError):  # beyond what a double tells from a straight line
+        solved = False
+    if not solved:
+        raise ConfigError(
+            f"no softplus is found for layers={layers}, slope={slope}: a net of few layers and a"
+            " steep slope needs a kink, and one of very many is linear to rounding; take a slope"
+            " nearer to 1.5, or another number of layers"
+        )
     return shaped(math.exp(found.x[0]), float(found.x[1]))

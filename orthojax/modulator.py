@@ -8,34 +8,49 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from orthojax import checks
+from orthojax.errors import ConfigError
 from orthojax.ortho.paths import path_name
-from orthojax.sites import SITE, is_site, rescaling
+from orthojax.sites import SITE, is_site, measurement, rescaling
 
 
 class ModulationState(NamedTuple):
-    """State of :func:`modulation`: scalars, and two numbers per site.
+    """State of :func:`modulation`: scalars, and three numbers per site.
 
     Attributes:
       inner_state: of the wrapped transformation.
       count: int32, updates so far.
       measured: int32, those of them in which the topmost site measured something.
-      reference: float32, running second moment of the error at the topmost site.
+      reference: float32, running second moment of the error at the topmost site; as it arrives,
+        that is times the square of a loss scale.
+      weight: float32, that of the last measurement there; a loss scale of S makes it 1 / S.
       log_growth: float32, running mean of the logarithm of the largest factor by which the moment
         of the error, had nothing rescaled it, would differ from that at the topmost site.
-      moments: by path of a site, the moment that arrived when it last ran; float32, with the
-        leading axes of the site.
-      scales: likewise, the ρ that was applied.
-      positions: likewise, where the site stands.
+      sites: like the parameters, `optax.MaskedNode` in the places of the weights; of each site
+        `[moment, scale, position]`, float32 `(..., 3)`: the moment that arrived when it last ran,
+        the ρ that was applied, and where it stands.
     """
 
     inner_state: Any
     count: jax.Array  # type: ignore[assignment]  # as in optax; a tuple has a method of that name
     measured: jax.Array
     reference: jax.Array
+    weight: jax.Array
     log_growth: jax.Array
-    moments: dict[str, jax.Array]
-    scales: dict[str, jax.Array]
-    positions: dict[str, jax.Array]
+    sites: Any
+
+    @property
+    def moments(self) -> dict[str, jax.Array]:
+        """By path of a site, the moment that arrived, with the leading axes of the site."""
+        return self._column(0)
+
+    @property
+    def scales(self) -> dict[str, jax.Array]:
+        """Likewise, the ρ that was applied."""
+        return self._column(1)
+
+    def _column(self, number):
+        return {path: site[..., number] for path, site in _sites(self.sites).items()}
 
 
 def modulation(
@@ -59,8 +74,9 @@ def modulation(
 
     A site that did not run, or whose error vanished or overflowed, keeps what it knew. A constant
     loss scale changes nothing; one that changes is followed within a step. Wrap this in
-    `optax.MultiSteps` or `optax.apply_if_finite`, not the other way round, and keep gradient
-    clipping inside `inner`: from outside it would count the sites.
+    `optax.MultiSteps` or `optax.apply_if_finite`, not the other way round. Clipping may stand in
+    `inner` or before this: no norm sees a site. Behind it nothing may change the updates, a
+    learning rate least of all: they set the bounds of the sites.
 
     Args:
       inner: any optax transformation, the whole of the optimizer.
@@ -80,7 +96,8 @@ def modulation(
       `update` needs `params`.
 
     Raises:
-      ValueError: a number is impossible; at `init`, no parameter is a site.
+      ConfigError: a number is impossible, or `inner` is no transformation; at `init`, no parameter
+        is a site; at `update`, there are no `params`, or the trees do not belong together.
 
     Example:
       >>> from orthojax import init_site, modulate
@@ -102,83 +119,101 @@ def modulation(
       2      6.2e-02   1.00
       unmodulated, the moment of the error would change by 10^-3.8 on its way down
     """
-    _check("tolerance", tolerance, lambda v: v >= 1, "at least 1")
-    _check("steps", steps, lambda v: v >= 0, "at least 0")
-    _check("decay", decay, lambda v: 0 <= v < 1, "in [0, 1)")
-    _check("reference", reference, lambda v: 0 < v < float("inf"), "positive and finite")
+    checks.transformation("inner", inner)
+    checks.number("tolerance", tolerance, "[1, inf]", traced=True)
+    checks.number("steps", steps, "[0, inf]", traced=True)
+    checks.number("decay", decay, "[0, 1)", traced=True)
+    if reference is not None:
+        checks.number("reference", reference, "(0, inf)", traced=True)
     of_weights = optax.masked(optax.with_extra_args_support(inner), _weights)
 
     def init(params):
-        sites = _sites(params)
-        if not sites:
-            raise ValueError(
+        # optax.tree_map_params asks with a placeholder, a tree without leaves.
+        if jax.tree.leaves(params) and not _sites(params):
+            raise ConfigError(
                 f"no parameter is called `{SITE}`, so there is nothing to modulate: wrap the model "
                 "in orthojax.linen.Modulated, or call orthojax.modulate behind its layers"
             )
-        zeros = {path: jnp.zeros(leaf.shape[:-1], jnp.float32) for path, leaf in sites.items()}
         return ModulationState(
             inner_state=of_weights.init(params),
             count=jnp.zeros((), jnp.int32),
             measured=jnp.zeros((), jnp.int32),
             reference=jnp.zeros((), jnp.float32),
+            weight=jnp.zeros((), jnp.float32),
             log_growth=jnp.zeros((), jnp.float32),
-            moments=zeros,
-            scales=jax.tree.map(jnp.ones_like, zeros),
-            positions={path: leaf[..., 2].astype(jnp.float32) for path, leaf in sites.items()},
+            sites=_map_sites(_fresh_row, _map_weights(lambda _: optax.MaskedNode(), params)),
         )
 
     def update(updates, state, params=None, **extra):
         if params is None:
-            raise ValueError("modulation needs the parameters: call update(updates, state, params)")
-        sites, gradients = _rows(_sites(params)), _rows(_sites(updates))
-        weight = gradients[:, 1]
-        moment = gradients[:, 0] / weight
+            raise ConfigError(
+                "modulation needs the parameters: call update(updates, state, params)"
+            )
+        known = _sites(params)
+        sites = _rows(known)
+        moment, weight = measurement(_rows(_matching(known, updates, "updates")))
         ran = (weight > 0) & (moment > 0) & jnp.isfinite(moment) & jnp.isfinite(weight)
+        moment, weight = jnp.where(ran, moment, 1), jnp.where(ran, weight, 1)
         scale = jax.vmap(lambda m, s: rescaling(m, s, jnp.float32)[0])(moment, sites)
         downward = jnp.argsort(sites[:, 2])[::-1]  # of equals, such as a stack, the last is first
         top = downward[0]
+        now = ran[top]
 
-        measured = state.measured + ran[top]
-        keep = jnp.minimum(jnp.float32(decay), 1 - 1 / jnp.maximum(measured, 1))
+        measured = state.measured + now.astype(jnp.int32)
+        keep = 1 - 1 / jnp.maximum(measured, 1).astype(jnp.float32)
+        keep = jnp.minimum(jnp.asarray(decay, jnp.float32), keep)
 
-        def average(before, now):
-            return jnp.where(ran[top], keep * before + (1 - keep) * now, before)
+        def average(before, value):
+            return jnp.where(now, keep * before + (1 - keep) * value, before)
 
-        # A loss scale of S multiplies the moment by S² and the weight, once divided out, by 1 / S.
-        running = average(state.reference, moment[top] * jnp.square(weight[top]))
+        # A loss scale of S multiplies moments by S², and weights, once divided out, by 1 / S. It
+        # changes by powers of two; no other number by which gradients are multiplied does.
+        ratio = weight[top] / jnp.where(state.weight > 0, state.weight, 1)
+        rescaled = now & (state.weight > 0) & (jnp.frexp(ratio)[0] == 0.5)
+        before = state.reference * jnp.where(rescaled, 1 / jnp.square(ratio), 1)
+        running = average(before, moment[top])
         log_growth = average(
             state.log_growth, _log_growth(moment[downward], scale[downward], ran[downward])
         )
-        modulating = (state.count + 1 < steps) & (tolerance < jnp.inf)
+        budget = jnp.asarray(tolerance, jnp.float32)
+        count = optax.safe_increment(state.count)
+        within = count.astype(jnp.float32) < jnp.asarray(steps, jnp.float32)
+        modulating = within & (budget < jnp.inf)
 
-        wanted = running if reference is None else jnp.float32(reference)
-        bound = wanted / jnp.square(jnp.where(ran[top], weight[top], 1))
-        low, high = bound / jnp.float32(tolerance), bound * jnp.float32(tolerance)
+        wanted = running
+        if reference is not None:
+            wanted = jnp.asarray(reference, jnp.float32) / jnp.square(weight[top])
         bounded = modulating & (sites[:, 2] >= 0)
         if reference is None:
             bounded &= jnp.arange(len(sites)) != top
         new = jnp.stack(
-            [jnp.where(bounded, low, 0), jnp.where(bounded, high, 0), sites[:, 2]], axis=1
+            [
+                jnp.where(bounded, wanted / budget, 0),
+                jnp.where(bounded, wanted * budget, 0),
+                sites[:, 2],
+            ],
+            axis=1,
         )
 
         # The first error met no bounds: the weights wait for one that does.
         wait = (state.count == 0) & modulating
         updates = _map_weights(lambda u: jnp.where(wait, jnp.zeros_like(u), u), updates)
         updates, inner_state = of_weights.update(updates, state.inner_state, params, **extra)
-        updates = _set_sites(updates, _sites(params), new)
-        rows = jnp.concatenate([leaf.ravel() for leaf in state.moments.values()])
-        moments = _unflatten(jnp.where(ran, moment, rows), state.moments)
-        rows = jnp.concatenate([leaf.ravel() for leaf in state.scales.values()])
-        scales = _unflatten(jnp.where(ran, scale, rows), state.scales)
+        changes = _by_path(new - sites, known)
+        updates = _map_sites(lambda path, u: changes[path].astype(u.dtype), updates)
+        # A negative bound is none that was set here.
+        told = jnp.where(sites[:, 1] < 0, jnp.nan, scale)
+        told = jnp.stack([moment, told, sites[:, 2]], axis=1)
+        before = _rows(_matching(known, state.sites, "the state"))
+        rows = _by_path(jnp.where(ran[:, None], told, before), known)
         return updates, ModulationState(
-            inner_state,
-            state.count + 1,
-            measured,
-            running,
-            log_growth,
-            moments,
-            scales,
-            state.positions,
+            inner_state=inner_state,
+            count=count,
+            measured=measured,
+            reference=running,
+            weight=jnp.where(now, weight[top], state.weight),
+            log_growth=log_growth,
+            sites=_map_sites(lambda path, _: rows[path], state.sites),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -227,26 +262,29 @@ def read(opt_state: Any) -> Readings:
       A tuple of :class:`SiteReading`, from the input upward.
 
     Raises:
-      ValueError: there is no state of :func:`modulation`.
+      ConfigError: there is no state of :func:`modulation`.
     """
     state = find_state(opt_state)
     if state is None:
-        raise ValueError("no state of orthojax.modulation in this optimizer state")
+        raise ConfigError(
+            "there is no state of orthojax.modulation in this opt_state: wrap the optimizer, the"
+            " whole of it, in orthojax.modulation(...); without it sites do nothing"
+        )
     sites = []
-    for path, moments in jax.device_get(state.moments).items():
+    for path, site in _sites(jax.device_get(state.sites)).items():
         name = "/".join(key for key in path.split("/") if key != SITE)
-        positions, scales = (jax.device_get(d[path]) for d in (state.positions, state.scales))
-        for index in np.ndindex(moments.shape):
+        for index in np.ndindex(site.shape[:-1]):
             label = name + "".join(f"[{i}]" for i in index)
-            sites.append((float(positions[index]), index, label, moments[index], scales[index]))
-    sites.sort(key=lambda site: (site[0] < 0, site[:2]))
+            sites.append((label, *site[index].tolist()))
+    # As `update` has them: of equals the last of the tree stands on top.
+    sites.sort(key=lambda site: (site[-1] < 0, site[-1]))
     rows: list[SiteReading] = []
     left: float | None = None
-    for position, _, label, moment, scale in reversed(sites):
-        growth = float(moment / left) if left and position >= 0 else None
+    for label, moment, scale, position in reversed(sites):
+        growth = moment / left if left and position >= 0 else None
         if position >= 0 and moment > 0:
-            left = float(scale) ** 2 * float(moment)
-        rows.append(SiteReading(label, float(moment), float(scale), growth))
+            left = scale**2 * moment
+        rows.append(SiteReading(label, moment, scale, growth))
     return Readings(reversed(rows))
 
 
@@ -258,12 +296,6 @@ def find_state(opt_state: Any) -> ModulationState | None:
         if isinstance(leaf, ModulationState)
     ]
     return found[0] if found else None
-
-
-def _check(name, value, holds, expected):
-    # Only Python numbers can be looked at: traced values pass.
-    if isinstance(value, int | float) and not holds(value):
-        raise ValueError(f"modulation: {name}={value} must be {expected}")
 
 
 def _log_growth(moment, scale, ran):
@@ -284,31 +316,51 @@ def _map_weights(function, tree):
     )
 
 
+def _map_sites(function, tree):
+    """The tree with `function(path, site)` in the places of its sites."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: function(path_name(path), leaf) if is_site(path) else leaf, tree
+    )
+
+
+def _fresh_row(path, site):
+    """`[moment, scale, position]` of a site that has not run."""
+    del path
+    position = site[..., 2].astype(jnp.float32)
+    return jnp.stack([jnp.zeros_like(position), jnp.ones_like(position), position], axis=-1)
+
+
 def _sites(tree: Any) -> dict[str, jax.Array]:
-    return {
-        path_name(path): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        if is_site(path)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    found = [(path_name(path), leaf) for path, leaf in leaves if is_site(path)]
+    sites = dict(found)
+    if len(sites) < len(found):
+        twice = next(path for path, _ in found if sum(path == other for other, _ in found) > 1)
+        raise ConfigError(f"two sites are at the one path {twice!r}: rename one of their modules")
+    return sites
+
+
+def _matching(sites, tree, name):
+    """The sites of another tree in the order of these: by path, not by place."""
+    found = _sites(tree)
+    missing = [path for path in sites if path not in found]
+    if missing:
+        raise ConfigError(
+            f"modulation: there is nothing for parameter {missing[0]!r} in {name}: give what"
+            " belongs to these parameters, all of it"
+        )
+    return {path: found[path] for path in sites}
 
 
 def _rows(leaves: dict[str, jax.Array]) -> jax.Array:
     return jnp.concatenate([leaf.reshape(-1, 3).astype(jnp.float32) for leaf in leaves.values()])
 
 
-def _unflatten(rows: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Cuts `(sites, ...)` into the leaves of `like`, whose shapes may lack the last axis."""
+def _by_path(rows: jax.Array, like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Cuts `(sites, 3)` into arrays of the shapes of `like`, in its order."""
     found, start = {}, 0
     for path, leaf in like.items():
-        found[path] = rows[start : start + leaf.size].reshape(leaf.shape)
-        start += leaf.size
+        end = start + leaf.size // 3
+        found[path] = rows[start:end].reshape(leaf.shape)
+        start = end
     return found
-
-
-def _set_sites(updates: Any, sites: dict[str, jax.Array], new: jax.Array) -> Any:
-    """The updates that make `new`, `(sites, 3)`, of the sites."""
-    wanted = _unflatten(new.ravel(), sites)
-    changes = {path: (wanted[path] - site).astype(site.dtype) for path, site in sites.items()}
-    return jax.tree_util.tree_map_with_path(
-        lambda path, u: changes[path_name(path)] if is_site(path) else u, updates
-    )

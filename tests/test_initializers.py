@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 
 from orthojax.errors import ConfigError
-from orthojax.initializers import carrying, delta_orthonormal, orthonormal
+from orthojax.initializers import (
+    carrying,
+    delta_orthonormal,
+    mirrored,
+    orthonormal,
+    orthonormal_columns,
+)
 from orthojax.matrices import KernelAxes, group_sizes
 from orthojax.ortho import orthonormality_error
 
@@ -172,12 +178,27 @@ def test_orthonormal_kernels_of_grouped_convolutions(shape, groups):
     assert np.abs(blocks[:, 0] - blocks[:, 1]).max() > 0.01  # groups are independent
 
 
-def test_an_expanding_delta_kernel_that_may_be_a_grouped_one_warns():
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_kernels_are_rounded_orthonormal_ones(dtype):
+    key = jax.random.key(0)
+    for kernel in (
+        orthonormal(gain=np.float64(2.0))(key, (6, 4), dtype),
+        2 * delta_orthonormal()(key, (6, 4), dtype),
+        2 * orthonormal_columns(key, 6, 4, dtype),
+        2**0.5 * mirrored(orthonormal())(key, (12, 4), dtype),
+    ):
+        assert kernel.dtype == dtype
+        matrix = np.asarray(kernel, np.float64)
+        np.testing.assert_allclose(matrix.T @ matrix, 4 * np.eye(4), atol=0.1)
+
+
+def test_a_delta_kernel_of_one_input_that_may_be_depthwise_warns():
     with pytest.warns(UserWarning, match=r"\(3, 3, 1, 8\).*feature_groups=1"):
         delta_orthonormal()(jax.random.key(0), (3, 3, 1, 8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         delta_orthonormal()(jax.random.key(0), (3, 3, 8, 8))
+        delta_orthonormal()(jax.random.key(0), (3, 3, 3, 8))
         delta_orthonormal()(jax.random.key(0), (4, 8))
         delta_orthonormal(feature_groups=1)(jax.random.key(0), (3, 3, 1, 8))
 

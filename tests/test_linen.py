@@ -14,7 +14,7 @@ from flax.training.train_state import TrainState
 import orthojax
 from orthojax.linen import Modulated
 from orthojax.modulator import find_state
-from orthojax.sites import SITE, weights_only
+from orthojax.sites import SITE, measurement, weights_only
 
 DEPTH, WIDTH, BATCH = 50, 8, 32
 
@@ -200,7 +200,7 @@ def test_branches_shared_layers_and_collections():
 
     grads, updated = jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
     assert "batch_stats" in updated
-    weights = {name: float(layer[SITE][1]) for name, layer in grads.items() if SITE in layer}
+    weights = {n: float(measurement(g[SITE])[1]) for n, g in grads.items() if SITE in g}
     assert weights == {"Conv_0": 1, "shared": 2, "ConvTranspose_0": 1, "a": 1, "b": 1}
 
 

@@ -13,8 +13,9 @@ from flax.training.dynamic_scale import DynamicScale
 
 import orthojax
 from orthojax import init_site, modulate, modulation
+from orthojax.errors import ConfigError
 from orthojax.modulator import find_state
-from orthojax.sites import SITE
+from orthojax.sites import SITE, measurement, rescaling, weights_only
 
 GAINS = (3.0, 0.2, 5.0, 0.1, 2.0)  # unequal, so that every site has something to rescale
 DEPTH, WIDTH, BATCH = len(GAINS), 8, 16
@@ -67,6 +68,11 @@ def alone(inner):
     )
 
 
+def measured(moment):
+    """The gradient of a site at which an error of this second moment arrived."""
+    return rescaling(jnp.float32(moment), init_site(), jnp.float32)[1]
+
+
 def kernels(params):
     return [layer["kernel"] for layer in params]
 
@@ -82,7 +88,7 @@ def test_the_reference_is_the_running_moment_of_the_topmost_site():
     state, running, update = tx.init(params), 0.0, jax.jit(tx.update)
     for step in range(5):
         grads = grad(params, make_batch(step))
-        top = float(grads[-1][SITE][0])
+        top = float(measurement(grads[-1][SITE])[0])
         keep = min(decay, step / (step + 1))
         running = keep * running + (1 - keep) * top
         updates, state = update(grads, state, params)
@@ -111,14 +117,14 @@ def test_the_state_tells_what_was_measured_and_applied():
     tx = modulation(INNER, tolerance=1.0)
     grads = grad(params, make_batch(3))
     _, state = tx.update(grads, tx.init(params), params)
-    moments = np.asarray([layer[SITE][0] for layer in grads], np.float64)
+    moments = np.asarray([measurement(layer[SITE])[0] for layer in grads], np.float64)
     np.testing.assert_allclose(list(state.moments.values()), moments, rtol=1e-6)
     expected = np.sqrt(stacked_sites(params)[:-1, 0] / moments[:-1])
     np.testing.assert_allclose(list(state.scales.values())[:-1], expected, rtol=1e-5)
     assert list(state.scales.values())[-1] == 1
     # The growth that there would be without: from the moments of the bare net.
     bare = grad([{**layer, SITE: init_site(i)} for i, layer in enumerate(params)], make_batch(3))
-    true = np.log([float(layer[SITE][0]) for layer in bare])
+    true = np.log([float(measurement(layer[SITE])[0]) for layer in bare])
     np.testing.assert_allclose(state.log_growth, np.abs(true - true[-1]).max(), rtol=1e-4)
 
 
@@ -196,7 +202,7 @@ def test_a_constant_loss_scale_changes_nothing_bit_for_bit():
     actual, scaled_state = train(tx, gradient=jax.jit(scaled(lambda _: 2.0**14)))
     for one, other in zip(kernels(actual), kernels(expected), strict=True):
         np.testing.assert_array_equal(one, other)
-    assert scaled_state.reference == state.reference
+    assert scaled_state.reference == 2.0**28 * state.reference  # as it arrives
 
 
 def test_a_loss_scale_that_changes_is_followed_within_a_step():
@@ -207,14 +213,15 @@ def test_a_loss_scale_that_changes_is_followed_within_a_step():
     for _ in range(8):
         dynamic, finite, _, grads = scaled_grad(dynamic, params, make_batch(0))
         assert finite
-        scale = 1 / float(grads[0][SITE][1])
+        scale = 1 / float(measurement(grads[0][SITE])[1])
         found.append((scale, float(params[0][SITE][0]) / scale**2))
         # The same parameters again and again: nothing but the scale changes.
         updates, state = tx.update(grads, state, params)
         params = [{**p, SITE: p[SITE] + u[SITE]} for p, u in zip(params, updates, strict=True)]
     assert found[-1][0] >= 4 * found[0][0]
+    unscaled = float(state.reference) / found[-1][0] ** 2
     for (before, _), (scale, reference) in itertools.pairwise(found):
-        expected = float(state.reference) * (before / scale) ** 2
+        expected = unscaled * (before / scale) ** 2
         np.testing.assert_allclose(reference, expected, rtol=1e-5)
 
 
@@ -260,8 +267,9 @@ def test_its_numbers_may_be_traced_and_injected():
 
 def test_a_stack_of_layers_has_its_last_on_top():
     params = {"low": {SITE: init_site(0)}, "stack": {SITE: init_site(1, (4,))}}
-    grads = jax.tree.map(lambda s: jnp.ones_like(s).at[..., 0].set(7.0), params)
-    grads["stack"][SITE] = grads["stack"][SITE].at[3, 0].set(2.0)
+    grads = jax.tree.map(lambda s: jax.vmap(measured)(jnp.full(s.size // 3, 7.0)), params)
+    grads["low"][SITE] = grads["low"][SITE][0]
+    grads["stack"][SITE] = grads["stack"][SITE].at[3].set(measured(2.0))
     tx = modulation(optax.identity(), tolerance=1.0)
     updates, state = tx.update(grads, tx.init(params), params)
     sites = optax.apply_updates(params, updates)["stack"][SITE]
@@ -271,7 +279,7 @@ def test_a_stack_of_layers_has_its_last_on_top():
 
 def test_sites_at_the_output_only_measure():
     params = {"a": {SITE: init_site(0)}, "b": {SITE: init_site(1)}, "head": {SITE: init_site(-1)}}
-    grads = jax.tree.map(lambda s: np.float32([3, 1, 0]), params)
+    grads = jax.tree.map(lambda s: measured(3.0), params)
     tx = modulation(optax.identity())
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
     sites = optax.apply_updates(params, updates)
@@ -303,7 +311,7 @@ def test_a_model_without_sites_is_refused():
 
 def test_state_of_shapes_alone():
     shapes = jax.eval_shape(modulation(INNER).init, jax.eval_shape(make_params))
-    assert shapes.moments[f"0/{SITE}"].shape == ()
+    assert shapes.sites[0][SITE].shape == (3,)
 
 
 def test_dtypes_and_structure_are_kept():
@@ -322,13 +330,68 @@ def test_reading_lists_the_sites_upwards_with_the_growth_between_them():
     rows = orthojax.read(state)
     assert [row.path for row in rows] == [str(index) for index in range(DEPTH)]
     bare = grad([{**layer, SITE: init_site(i)} for i, layer in enumerate(params)], make_batch(2))
-    true = np.asarray([float(layer[SITE][0]) for layer in bare])
+    true = np.asarray([float(measurement(layer[SITE])[0]) for layer in bare])
     assert rows[-1].growth is None
     np.testing.assert_allclose([r.growth for r in rows[:-1]], true[:-1] / true[1:], rtol=1e-3)
     total = np.log10(true[0] / true[-1])
     assert str(rows).splitlines()[-1].endswith(f"by 10^{total:.1f} on its way down")
     with pytest.raises(ValueError, match="no state of orthojax.modulation"):
         orthojax.read(optax.sgd(0.1).init(params))
+
+
+@pytest.mark.parametrize("positions", [range(13), [0.0] * 13], ids=["numbered", "as they come"])
+def test_reading_tells_layers_apart_in_lists_longer_than_ten(positions):
+    """JAX hands dictionaries back sorted by string, where "10" comes before "2"."""
+    gains = np.linspace(0.4, 1.6, 13)
+    layers = [{"kernel": jnp.eye(4), SITE: init_site(k)} for k in positions]
+    tx = modulation(optax.sgd(0.0), tolerance=float("inf"))
+
+    def loss(layers):
+        x = jnp.ones((2, 4))
+        for gain, layer in zip(gains, layers, strict=True):
+            x = modulate(gain * x @ layer["kernel"], layer[SITE])
+        return jnp.mean((x - 1) ** 2)
+
+    @jax.jit
+    def step(state):
+        return tx.update(jax.grad(loss)(layers), state, layers)[1]
+
+    rows = orthojax.read(step(step(tx.init(layers))))
+    assert [row.path for row in rows] == [str(k) for k in range(13)]
+    growth = [row.growth for row in rows]
+    np.testing.assert_allclose(growth[:-1], gains[1:] ** 2, rtol=1e-3)
+    assert growth[-1] is None
+
+
+def test_state_and_updates_are_matched_by_path():
+    """What comes back in another order, or is not all there, is no other layer's."""
+    params = {str(k): {SITE: init_site(k)} for k in range(3)}
+    tx = modulation(optax.identity())
+    grads = {name: {SITE: measured(2.0 ** int(name))} for name in ("2", "0", "1")}
+    _, state = tx.update(grads, tx.init(params), params)
+    assert [row.moment for row in orthojax.read(state)] == [1, 2, 4]
+    with pytest.raises(ConfigError, match=f"nothing for parameter '1/{SITE}' in updates"):
+        tx.update({**grads, "1": {SITE: optax.MaskedNode()}}, state, params)
+
+
+def test_no_norm_sees_a_site():
+    """Clipping outside is clipping inside, and a logged norm is that of the weights."""
+    params = make_params()
+    grads = grad(params, make_batch(0))
+    assert optax.tree.norm(grads) == optax.tree.norm(weights_only(grads))
+    clip = optax.clip_by_global_norm(0.1)
+    outside, _ = train(optax.chain(clip, modulation(INNER, tolerance=1.0)))
+    inside, _ = train(modulation(optax.chain(clip, INNER), tolerance=1.0))
+    for actual, expected in zip(kernels(outside), kernels(inside), strict=True):
+        np.testing.assert_allclose(actual, expected, atol=1e-5)
+    assert np.abs(kernels(inside)[0] - kernels(params)[0]).max() > 1e-3
+
+
+def test_what_changes_the_bounds_behind_modulation_shows_in_the_readings():
+    tx = optax.chain(modulation(optax.identity()), optax.scale(-0.1))  # the wrong way round
+    _, state = train(tx, 3)
+    scales = [row.scale for row in orthojax.read(state)]
+    assert np.isnan(scales[:-1]).all() and scales[-1] == 1
 
 
 def test_reading_a_stack_and_outputs():

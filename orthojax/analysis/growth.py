@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from orthojax.models import PlainNet, in_order
-from orthojax.sites import SITE, is_site
+from orthojax.sites import SITE, is_site, measurement
 
 
 def log_growth(net: PlainNet, key: jax.Array, images: jax.Array) -> jax.Array:
@@ -67,4 +67,6 @@ def site_moments(
         return jnp.sum(logits * jax.random.normal(key, logits.shape))
 
     grads = jax.grad(loss)(jax.tree_util.tree_map_with_path(one, variables["params"]))
-    return jnp.stack([leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)])
+    return jnp.stack(
+        [measurement(leaf)[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
+    )

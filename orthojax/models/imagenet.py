@@ -2,6 +2,8 @@
 
 from flax import linen as nn
 
+from orthojax import checks
+from orthojax.errors import ConfigError
 from orthojax.models.blocks import BASIC, BlockLayout, ResidualBlock
 from orthojax.models.nets import Architecture, ConvNet
 
@@ -39,7 +41,7 @@ class ImageNetPlainNet(ConvNet):
       bottleneck: "paper" or "standard".
 
     Raises:
-      ValueError: depth or bottleneck is unknown, or 34 layers shall have another bottleneck; see
+      ConfigError: depth or bottleneck is unknown, or 34 layers shall have another bottleneck; see
         also `ConvNet`.
 
     Example:
@@ -57,17 +59,13 @@ class ImageNetPlainNet(ConvNet):
 
     @nn.nowrap
     def _architecture(self) -> Architecture:
-        for name, value, choices in (
-            ("depth", self.depth, BLOCKS),
-            ("bottleneck", self.bottleneck, BOTTLENECKS),
-        ):
-            if value not in choices:
-                choices = ", ".join(map(repr, choices))
-                raise ValueError(f"{name}={value!r} is unknown; take one of {choices}")
+        if self.depth not in BLOCKS:
+            raise checks.refuse("depth", self.depth, f"one of {', '.join(map(str, BLOCKS))}")
+        checks.choice("bottleneck", self.bottleneck, BOTTLENECKS)
         layout = BOTTLENECKS[self.bottleneck]
         if self.depth == 34:
             if self.bottleneck != "paper":
-                raise ValueError(
+                raise ConfigError(
                     f"depth=34 has no bottlenecks, so bottleneck={self.bottleneck!r} would change "
                     "nothing; leave it, or take depth 50"
                 )
@@ -85,7 +83,7 @@ class ImageNetResNet(ImageNetPlainNet):
     `f_in < f_out`. With "standard" bottlenecks it is He et al.'s 1×1, which has.
 
     Raises:
-      ValueError: see `ImageNetPlainNet`.
+      ConfigError: see `ImageNetPlainNet`.
     """
 
     block = ResidualBlock

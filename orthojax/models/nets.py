@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthojax import checks
+from orthojax.errors import ConfigError
 from orthojax.initializers import carrying, delta_orthonormal, mirrored, orthonormal
 from orthojax.linen import counted_sites
 from orthojax.models.activations import ACTIVATIONS
@@ -107,8 +109,9 @@ class ConvNet(nn.Module):
     Called with images, float (N, H, W, C), and `train`; returns float32 logits (N, classes).
 
     Raises:
-      ValueError: the depth, the initializer or another name is unknown, or an option would change
-        nothing, such as `bias_std` with batch normalization.
+      ConfigError: the depth, the initializer or another name is unknown, a number impossible, or an
+        option would change nothing, such as `bias_std` with batch normalization; images that are
+        no floating array of rank 4.
     """
 
     depth: int
@@ -130,28 +133,37 @@ class ConvNet(nn.Module):
     remat: str = "none"
 
     block: ClassVar[type[nn.Module]] = PlainBlock
+    _FLAGS: ClassVar[tuple[str, ...]] = ("modulated", "scan")
 
     def __post_init__(self):
+        for name in ("depth", "width", "num_classes", "bn_groups"):
+            checks.integer(name, getattr(self, name), 1, 2**24)
         self._architecture()  # fails where there is none
-        if self.remat not in REMATS or (self.remat == "segments" and not self.scan):
-            raise ValueError(
-                f"remat={self.remat!r}, scan={self.scan}: remat is one of {', '.join(REMATS)}; "
-                "segments are of scanned blocks"
-            )
-        if self.bn_groups < 1:
-            raise ValueError(f"bn_groups={self.bn_groups} is not a positive number of groups")
         for name, known in (
             ("norm", NORMS),
             ("activation", ACTIVATIONS),
             ("parametrization", PARAMETRIZATIONS),
+            ("remat", REMATS),
         ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; take one of {', '.join(known)}"
-                )
+            checks.choice(name, getattr(self, name), known)
+        for name in self._FLAGS:
+            checks.flag(name, getattr(self, name))
+        for name, interval in (
+            ("kernel_gain", "[0, inf)"),
+            ("bias_std", "[0, inf)"),
+            ("bn_bias", "(-inf, inf)"),
+            ("bn_scale", "(-inf, inf)"),
+        ):
+            checks.number(name, getattr(self, name), interval, traced=True)
+            checks.fits(name, getattr(self, name), jnp.float32)
+        checks.number("carry", self.carry, "[0, 1]")
+        checks.dtype("dtype", self.dtype)
+        if self.remat == "segments" and not self.scan:
+            raise ConfigError("remat='segments' with scan=False: segments are of scanned blocks")
         self._check_what_changes_nothing()
-        if not callable(self.kernel_init) and self.kernel_init not in KERNEL_INITS:
-            raise ValueError(
+        named = isinstance(self.kernel_init, str) and self.kernel_init in KERNEL_INITS
+        if not named and not callable(self.kernel_init):
+            raise ConfigError(
                 f"kernel_init={self.kernel_init!r} is unknown; take one of "
                 f"{', '.join(KERNEL_INITS)}, or an initializer (key, shape, dtype) -> array"
             )
@@ -167,29 +179,29 @@ class ConvNet(nn.Module):
         names = ("bn_bias", "bn_scale", "bn_groups") if self.norm == "none" else ("bias_std",)
         for name in names:
             if getattr(self, name) != plain[name].default:
-                raise ValueError(
+                raise ConfigError(
                     f"{name}={getattr(self, name)} changes nothing where norm={self.norm!r}"
                 )
         if self.carry and self.kernel_init != "carrying":
-            raise ValueError(
+            raise ConfigError(
                 f"carry={self.carry} changes nothing where kernel_init={self.kernel_init!r}"
             )
         if self.kernel_gain != 1 and (callable(self.kernel_init) or self.kernel_init in UNSCALED):
-            raise ValueError(
+            raise ConfigError(
                 f"kernel_gain={self.kernel_gain} is of orthonormal kernels, and changes nothing "
                 f"where kernel_init={self.kernel_init!r}"
             )
         if self.parametrization == "repvgg" and (
             self.norm == "none" or self.modulated or self.activation == "crelu"
         ):
-            raise ValueError(
+            raise ConfigError(
                 f"parametrization='repvgg' is of branches with batch normalization, without sites: "
                 f"norm={self.norm!r}, modulated={self.modulated}, activation={self.activation!r}"
             )
         if self.activation == "crelu" and self.block is not PlainBlock:
-            raise ValueError("activation='crelu' doubles the channels, which no shortcut does")
+            raise ConfigError("activation='crelu' doubles the channels, which no shortcut does")
         if self.activation == "crelu" and self.parametrization == "dirac":
-            raise ValueError(
+            raise ConfigError(
                 "parametrization='dirac' needs as many outputs as inputs, which activation='crelu' "
                 "never has"
             )
@@ -221,6 +233,8 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        images = checks.array("images", images, 4, exactly=True)
+        checks.flag("train", train)
         with counted_sites():
             return self._forward(images, train)
 
@@ -271,7 +285,7 @@ class PlainNet(ConvNet):
     second and third stage, and a head.
 
     Raises:
-      ValueError: depth is not 6n + 2; see also `ConvNet`.
+      ConfigError: depth is not 6n + 2; see also `ConvNet`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -289,7 +303,7 @@ class PlainNet(ConvNet):
     def _architecture(self) -> Architecture:
         if self.depth < 8 or (self.depth - 2) % 6:
             below = max(8, 6 * ((self.depth - 2) // 6) + 2)
-            raise ValueError(
+            raise ConfigError(
                 f"depth={self.depth} is not 6n + 2 (a stem, three stages of 2n layers, a head); "
                 f"the nearest are {below} and {below + 6}"
             )
@@ -304,10 +318,11 @@ class ResNet(PlainNet):
         projections alone (Goyal et al. 2017, arXiv:1706.02677).
 
     Raises:
-      ValueError: see `PlainNet`.
+      ConfigError: see `PlainNet`.
     """
 
     zero_init_residual: bool = False
+    _FLAGS = (*PlainNet._FLAGS, "zero_init_residual")
 
     block = ResidualBlock
 
@@ -318,4 +333,4 @@ class ResNet(PlainNet):
     def _check_what_changes_nothing(self):
         super()._check_what_changes_nothing()
         if self.zero_init_residual and self.norm == "none":
-            raise ValueError("zero_init_residual=True changes nothing where norm='none'")
+            raise ConfigError("zero_init_residual=True changes nothing where norm='none'")

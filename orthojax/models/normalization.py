@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthojax import checks
 from orthojax.linen import site_of
 from orthojax.sites import rescaling, vary_like
 
@@ -56,7 +57,7 @@ class BatchNorm(nn.Module):
     Called with x, float (N, ..., C); returns the same shape.
 
     Raises:
-      ValueError: `groups` does not divide N.
+      ConfigError: an impossible number or dtype; x is not floating; `groups` does not divide N.
 
     Example:
       >>> norm = BatchNorm(use_running_average=False, groups=2)
@@ -76,8 +77,22 @@ class BatchNorm(nn.Module):
     bias_init: Callable[..., Any] = nn.initializers.zeros_init()
     scale_init: Callable[..., Any] = nn.initializers.ones_init()
 
+    def __post_init__(self):
+        for name in ("use_running_average", "relu", "modulated"):
+            checks.flag(name, getattr(self, name))
+        checks.integer("groups", self.groups, 1)
+        checks.number("momentum", self.momentum, "[0, 1]", traced=True)
+        checks.number("epsilon", self.epsilon, "[0, inf)", traced=True)
+        checks.dtype("dtype", self.dtype)
+        for name in ("bias_init", "scale_init"):
+            checks.function(
+                name, getattr(self, name), "an initializer (key, shape, dtype) -> array"
+            )
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        x = checks.array("x", x, 2)
         features = x.shape[-1:]
         mean = self.variable("batch_stats", "mean", jnp.zeros, features, jnp.float32)
         var = self.variable("batch_stats", "var", jnp.ones, features, jnp.float32)
@@ -90,7 +105,7 @@ class BatchNorm(nn.Module):
         if self.use_running_average:
             return _apply(form, x, *(_expand(v, x) for v in (mean.value, var.value, *affine)))
         if x.shape[0] % self.groups:
-            raise ValueError(f"{self.groups} groups do not divide a batch of {x.shape[0]}")
+            raise checks.refuse("groups", self.groups, f"a divisor of {x.shape[0]}, the batch of x")
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
         affine = (_expand(v, grouped) for v in affine)
         y, *statistics = _normalize(form, grouped, *vary_like(x, (*affine, site)))

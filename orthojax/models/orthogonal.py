@@ -7,7 +7,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from orthojax.ortho.isometric_conv import isometric_conv, isometric_kernel, parameter_shapes
+from orthojax import checks
+from orthojax.matrices import accumulation_dtype
+from orthojax.ortho.isometric_conv import (
+    AXES,
+    LARGEST_WINDOW,
+    PADDINGS,
+    PER_AXIS,
+    isometric_conv,
+    isometric_kernel,
+    parameter_shapes,
+)
 
 
 class OrthogonalConv(nn.Module):
@@ -32,11 +42,11 @@ class OrthogonalConv(nn.Module):
       use_bias: Whether a bias is added; it does not change distances.
       dtype: Compute dtype of the convolution, by default that of the input. In bfloat16 singular
         values are 1 up to the rounding of the kernel, some 1e-3.
-      param_dtype: Of the parameters; the kernel is computed in it.
+      param_dtype: Of the parameters; the kernel is computed in it, in 16 bits in float32.
       precision: Of the convolution.
 
     Raises:
-      ConfigError: As `isometric_kernel` and `isometric_conv`.
+      ConfigError: An impossible number, name or dtype; as `isometric_kernel` and `isometric_conv`.
 
     Example:
       >>> layer = OrthogonalConv(16, (3, 3))
@@ -56,17 +66,36 @@ class OrthogonalConv(nn.Module):
     param_dtype: Any = jnp.float32
     precision: jax.lax.PrecisionLike = jax.lax.Precision.HIGHEST
 
+    def __post_init__(self):
+        for name in ("features", "feature_group_count"):
+            checks.integer(name, getattr(self, name), 1)
+        limits = dict(high=LARGEST_WINDOW, lengths=AXES)
+        checks.integers("kernel_size", self.kernel_size, 1, PER_AXIS, **limits)
+        if not isinstance(self.strides, int):
+            lengths = (len(self.kernel_size),)
+            checks.integers("strides", self.strides, 1, PER_AXIS, **{**limits, "lengths": lengths})
+        checks.strides("strides", self.strides)
+        checks.choice("padding", self.padding, PADDINGS)
+        checks.flag("use_bias", self.use_bias)
+        checks.dtype("param_dtype", self.param_dtype)
+        if self.dtype is not None:
+            checks.dtype("dtype", self.dtype)
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, x):
-        window, inputs = tuple(self.kernel_size), x.shape[-1]
-        strides = self.strides
-        strides = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+        window = tuple(self.kernel_size)
+        x = checks.array("x", x, len(window) + 2, exactly=True)
+        inputs, strides = x.shape[-1], self.strides
+        strides = tuple(strides) if isinstance(strides, Sequence) else (strides,) * len(window)
         shapes = parameter_shapes(window, inputs, self.features, strides, self.feature_group_count)
         projectors, mixing = (
             self.param(name, _scaled_normal, shape, self.param_dtype)
             for name, shape in zip(("projectors", "mixing"), shapes, strict=True)
         )
-        kernel = isometric_kernel(projectors, mixing, window, inputs, self.features, strides)
+        # LAPACK and cuSOLVER, which `cayley` needs, have no 16 bits.
+        wide = (leaf.astype(accumulation_dtype(self.param_dtype)) for leaf in (projectors, mixing))
+        kernel = isometric_kernel(*wide, window, inputs, self.features, strides)
         dtype = self.dtype or x.dtype
         y = isometric_conv(
             x.astype(dtype),

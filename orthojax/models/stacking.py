@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthojax import checks
+from orthojax.errors import ConfigError
 from orthojax.models.blocks import BlockLayout, LayerSpec
 
 _PREFIX = "block_"
@@ -99,14 +101,24 @@ def unstack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
     Every subtree `scanned`, whose leaves have a leading axis of length k, becomes `block_0` to
     `block_{k-1}`. Works on any collection, on gradients and on optimizer moments laid out alike.
 
+    Raises:
+      ConfigError: `variables` are no mapping; what is stacked has no leading axis, or several.
+
     Example:
       >>> unstack_blocks({"scanned": {"bias": jnp.arange(2)}})["block_1"]["bias"]
       Array(1, dtype=int32)
     """
+    _check_variables(variables)
     result: dict[str, Any] = {}
     for name, value in variables.items():
         if name == _SCANNED:
-            length = jax.tree.leaves(value)[0].shape[0]
+            lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(value)}
+            if len(lengths) != 1 or () in lengths:
+                raise ConfigError(
+                    f"variables: the leaves of `{_SCANNED}` have the leading axes"
+                    f" {sorted(lengths)}, not one for all: they are no stack of blocks"
+                )
+            ((length,),) = lengths
             for index in range(length):
                 result[f"{_PREFIX}{index}"] = jax.tree.map(lambda leaf, i=index: leaf[i], value)
         else:
@@ -119,6 +131,9 @@ def in_order(variables: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
     Scanned stages are unstacked, so that there is one leaf for each layer. A projection shortcut
     stands behind the layers of its block.
+
+    Raises:
+      ConfigError: as `unstack_blocks`.
 
     Example:
       >>> block = {"layer_0": {"bias": 0}, "layer_1": {"bias": 1}}
@@ -147,19 +162,44 @@ def _place(name: str) -> tuple[int, int, str]:
 def stack_blocks(variables: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `unstack_blocks`: `block_0`, `block_1`, ... become one `scanned`.
 
+    Raises:
+      ConfigError: `variables` are no mapping; the blocks are not numbered from 0 up, or not alike.
+
     Example:
       >>> tree = {"block_0": {"bias": jnp.zeros(3)}, "block_1": {"bias": jnp.ones(3)}}
       >>> stack_blocks(tree)["scanned"]["bias"].shape
       (2, 3)
     """
+    _check_variables(variables)
     result: dict[str, Any] = {}
     blocks = {}
     for name, value in variables.items():
-        if name.startswith(_PREFIX):
+        if name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal():
             blocks[int(name.removeprefix(_PREFIX))] = value
         else:
             result[name] = stack_blocks(value) if isinstance(value, Mapping) else value
     if blocks:
-        ordered = [blocks[index] for index in sorted(blocks)]
+        _check_blocks(blocks)
+        ordered = [blocks[index] for index in range(len(blocks))]
         result[_SCANNED] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
     return result
+
+
+def _check_variables(variables):
+    if not isinstance(variables, Mapping) or not all(isinstance(name, str) for name in variables):
+        raise checks.refuse("variables", variables, "a dictionary, such as variables['params']")
+
+
+def _check_blocks(blocks):
+    if sorted(blocks) != list(range(len(blocks))):
+        raise ConfigError(
+            f"variables: the blocks are numbered {sorted(blocks)}, which must be 0, 1, ...: one is"
+            " missing"
+        )
+    for index, block in blocks.items():
+        shapes, first = (jax.tree.map(jnp.shape, tree) for tree in (block, blocks[0]))
+        if shapes != first:
+            raise ConfigError(
+                f"variables: {_PREFIX}{index} has the shapes {shapes}, and {_PREFIX}0 {first}:"
+                " blocks that are stacked must be alike"
+            )

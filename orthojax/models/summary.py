@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from orthojax import checks
 from orthojax.describe import describe
 from orthojax.sites import weights_only
 
@@ -87,6 +88,9 @@ def describe_net(net: nn.Module, image_shape: tuple[int, int, int]) -> NetSummar
       A `NetSummary`; `str` of it is the table as text. For one of parameters see
       `orthojax.describe`.
 
+    Raises:
+      ConfigError: `net` is no linen module, or `image_shape` not three positive integers.
+
     Example:
       >>> from orthojax.models import PlainNet
       >>> print(describe_net(PlainNet(depth=8, width=4), (8, 8, 3)))
@@ -99,6 +103,10 @@ def describe_net(net: nn.Module, image_shape: tuple[int, int, int]) -> NetSummar
       total        10       8       5,006         53,152
       106,304 FLOPs, at two per multiply-add, for one image forward
     """
+    if not isinstance(net, nn.Module):
+        raise checks.refuse("net", net, "a Flax linen module, such as PlainNet()")
+    expected = "height, width and channels, such as (32, 32, 3)"
+    checks.integers("image_shape", image_shape, 1, expected, high=2**24, lengths=(3,))
     outputs = {}
 
     def record(call, args, kwargs, context):

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthojax.ortho.variants import Checked
+
 
 @dataclasses.dataclass(frozen=True)
-class Conv:
+class Conv(Checked):
     """How far the convolution, as a linear operator on images, is from orthogonal; stride aware.
 
     At every frequency `ω` a convolution multiplies the channels by its transfer matrix
@@ -37,6 +39,9 @@ class Conv:
 
     The window axes and strides come from the view (`KernelAxes.spatial`, `KernelAxes.strides`;
     `strides=` of the ready-made views). Columns are not grouped.
+
+    Raises:
+      ConfigError: `grouped` is no boolean.
 
     Example:
       >>> import jax

@@ -20,10 +20,16 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 
 PADDINGS = ("CIRCULAR", "SAME")
 _HIGHEST = jax.lax.Precision.HIGHEST
+_MOST_CHANNELS = 2**24
+
+#: What windows and strides may be: the factors of a window are multiplied one after another.
+AXES, LARGEST_WINDOW = (1, 2, 3), 1024
+PER_AXIS = "integers from 1 to 1024, one for each of one to three axes"
 
 
 def cayley(matrices: jax.Array) -> jax.Array:
@@ -36,11 +42,15 @@ def cayley(matrices: jax.Array) -> jax.Array:
 
     Source: Trockman and Kolter 2021, arXiv:2104.07167.
 
+    Raises:
+      ConfigError: `matrices` are no floating array with at least as many rows as columns.
+
     Example:
       >>> q = cayley(jnp.arange(6.0).reshape(3, 2))
       >>> bool(jnp.allclose(q.T @ q, jnp.eye(2), atol=1e-6))
       True
     """
+    matrices = checks.tall("matrices", matrices)
     columns = matrices.shape[-1]
     upper, lower = matrices[..., :columns, :], matrices[..., columns:, :]
     eye = jnp.eye(columns, dtype=matrices.dtype)
@@ -62,19 +72,27 @@ def parameter_shapes(
     """Shapes of the arguments `projectors` and `mixing` of `isometric_kernel`.
 
     Raises:
-      ConfigError: The window and the strides differ in length or are not positive; the channels
-        cannot be cut into the groups.
+      ConfigError: The window and the strides differ in length or are not positive; nor are the
+        channels and groups, or the channels cannot be cut into the groups.
 
     Example:
       >>> parameter_shapes((3, 3), 8, 16, (1, 1))  # four factors for a 3×3 window
       ((1, 4, 16, 8), (1, 16, 8))
     """
-    window, strides = tuple(window), tuple(strides)
-    if len(window) != len(strides) or min(window + strides, default=0) < 1:
-        raise ConfigError(f"window {window} and strides {strides}: one positive number per axis")
-    if feature_groups < 1 or inputs % feature_groups or outputs % feature_groups:
+    window = checks.integers("window", window, 1, PER_AXIS, high=LARGEST_WINDOW, lengths=AXES)
+    strides = checks.integers("strides", strides, 1, PER_AXIS, high=LARGEST_WINDOW, lengths=AXES)
+    if len(window) != len(strides):
+        raise ConfigError(f"window={window} and strides={strides} must have as many axes")
+    for name, value in (
+        ("inputs", inputs),
+        ("outputs", outputs),
+        ("feature_groups", feature_groups),
+    ):
+        checks.integer(name, value, 1, _MOST_CHANNELS)
+    if inputs % feature_groups or outputs % feature_groups:
         raise ConfigError(
-            f"{inputs} inputs and {outputs} outputs cannot be cut into {feature_groups} groups"
+            f"inputs={inputs} and outputs={outputs} cannot be cut into feature_groups="
+            f"{feature_groups} equal parts"
         )
     channels = inputs // feature_groups * math.prod(strides), outputs // feature_groups
     factors = sum(size - 1 for size in _reduced(window, strides))
@@ -117,7 +135,8 @@ def isometric_kernel(
       the images: two products of the kernel with a `large × large/2` matrix for each factor.
 
     Raises:
-      ConfigError: Shapes that `parameter_shapes` does not give; as there.
+      ConfigError: Arrays that are not floating, or of shapes that `parameter_shapes` does not give;
+        as there.
 
     Example:
       >>> draw = lambda seed, shape: jax.random.normal(jax.random.key(seed), shape)
@@ -128,7 +147,11 @@ def isometric_kernel(
       >>> bool(jnp.allclose(jnp.linalg.norm(x), jnp.linalg.norm(y), rtol=1e-5))
       True
     """
+    projectors = checks.array("projectors", projectors, 4, exactly=True)
+    mixing = checks.array("mixing", mixing, 3, exactly=True)
     shapes = parameter_shapes(window, inputs, outputs, strides, len(projectors))
+    if mixing.dtype != projectors.dtype:
+        raise checks.refuse("mixing", mixing, f"of dtype {projectors.dtype}, as `projectors`")
     if (projectors.shape, mixing.shape) != shapes:
         raise ConfigError(
             f"projectors {projectors.shape} and mixing {mixing.shape}: a window {tuple(window)} of"
@@ -176,14 +199,31 @@ def isometric_conv(
       `(N, *sides / strides, M)`; with zeros sides are rounded up.
 
     Raises:
-      ConfigError: An unknown padding; sides that a stride does not divide, with circular padding.
+      ConfigError: An unknown padding; sides that a stride does not divide, with circular padding;
+        arrays that are not floating, or whose shapes do not fit together.
 
     Example: see `isometric_kernel`.
     """
-    sides, window = x.shape[1:-1], kernel.shape[: x.ndim - 2]
-    strides = tuple(strides or (1,) * len(sides))
-    if padding not in PADDINGS:
-        raise ConfigError(f"padding={padding!r} is unknown: choose one of {PADDINGS}")
+    x, kernel = checks.array("x", x, 3), checks.array("kernel", kernel, 3)
+    sides, window = x.shape[1:-1], kernel.shape[:-2]
+    if kernel.ndim != x.ndim:
+        raise checks.refuse("kernel", kernel, f"of the rank of x, which has the shape {x.shape}")
+    if strides is None:
+        strides = (1,) * len(sides)
+    if len(sides) not in AXES:
+        raise checks.refuse("x", x, "images of one to three sides, (N, *sides, C)")
+    strides = checks.integers("strides", strides, 1, PER_AXIS, high=LARGEST_WINDOW, lengths=AXES)
+    if len(strides) != len(sides):
+        raise checks.refuse("strides", strides, f"one for each of the sides {sides} of x")
+    checks.choice("padding", padding, PADDINGS)
+    checks.integer("feature_groups", feature_groups, 1)
+    if kernel.shape[-2] * feature_groups != x.shape[-1] or kernel.shape[-1] % feature_groups:
+        raise ConfigError(
+            f"kernel of shape {kernel.shape} and feature_groups={feature_groups} do not fit x of"
+            f" shape {x.shape}: (*window, channels / groups, outputs) is needed"
+        )
+    if kernel.dtype != x.dtype:
+        raise checks.refuse("kernel", kernel, f"of dtype {x.dtype}, as `x`")
     if padding == "CIRCULAR" and any(n % s for n, s in zip(sides, strides, strict=True)):
         raise ConfigError(
             f"an image of sides {sides} is no whole number of patches of {strides}: with circular"
@@ -217,7 +257,7 @@ def max_min(x: jax.Array) -> jax.Array:
       x: `(..., C)`.
 
     Raises:
-      ConfigError: `C` is odd.
+      ConfigError: `C` is odd, or `x` is no floating array.
 
     Source: Anil, Lucas and Grosse 2019, arXiv:1811.05381.
 
@@ -225,8 +265,11 @@ def max_min(x: jax.Array) -> jax.Array:
       >>> max_min(jnp.array([1.0, 5.0, 3.0, 2.0])).tolist()
       [3.0, 5.0, 1.0, 2.0]
     """
+    x = checks.array("x", x, 1)
     if x.shape[-1] % 2:
-        raise ConfigError(f"max_min sorts pairs: {x.shape[-1]} channels are an odd number")
+        raise ConfigError(
+            f"max_min sorts pairs: x of shape {x.shape} has an odd number of channels"
+        )
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1)
 

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.matrices import (
+    GROUPINGS,
     KernelAxes,
     accumulation_dtype,
     from_blocks,
@@ -23,7 +25,13 @@ from orthojax.matrices import (
 )
 from orthojax.ortho.conv import Conv
 from orthojax.ortho.paths import leaves_with_paths
-from orthojax.ortho.resolution import EMPTY, axes_or_reason, resolve_mask, resolve_view
+from orthojax.ortho.resolution import (
+    EMPTY,
+    axes_or_reason,
+    check_mask_and_view,
+    resolve_mask,
+    resolve_view,
+)
 from orthojax.ortho.variants import (
     SRIP,
     Cosine,
@@ -99,17 +107,29 @@ def variant_named(variant: str | Variant) -> Variant:
     """The variant of this name, or the object itself.
 
     Raises:
-      ConfigError: An unknown name.
+      ConfigError: An unknown name, or an object without the methods of a variant.
 
     Example:
       >>> variant_named("cosine")
       Cosine(grouped=True)
     """
-    if not isinstance(variant, str):
-        return variant
-    if variant not in VARIANTS:
-        raise ConfigError(f"variant={variant!r} is unknown: choose one of {tuple(VARIANTS)}")
-    return VARIANTS[variant]()
+    if isinstance(variant, str):
+        checks.choice("variant", variant, VARIANTS)
+        return VARIANTS[variant]()
+    methods = (getattr(variant, name, None) for name in ("penalty", "gradient"))
+    if isinstance(variant, type) or not all(map(callable, methods)):
+        raise checks.refuse("variant", variant, "a name or a variant, such as SRIP()")
+    return variant
+
+
+def check_selection(mask: Any, view: Any, grouping: str) -> None:
+    """Of the arguments that choose kernels, what is wrong whatever the parameters are.
+
+    Raises:
+      ConfigError: An unknown grouping; a mask or view that is no such thing.
+    """
+    checks.choice("grouping", grouping, GROUPINGS)
+    check_mask_and_view(mask, view)
 
 
 def penalized(
@@ -147,7 +167,8 @@ def penalized_or_refuse(
         return []
     if found[0][0] == "":
         hint = (
-            "they are one array; if `optax.flatten` made it, put this transformation outside of it"
+            "`params` is one array; if `optax.flatten` made it, put this transformation outside of"
+            " it"
         )
     else:
         examples = [f"{path!r} ({reason})" for path, reason in found[:3]]
@@ -168,10 +189,11 @@ def find_kernels(
     would raise: the view cannot tell its axes, or says what does not fit it.
 
     Raises:
-      ConfigError: An unknown grouping; a mask or view that is no such thing or says nothing about
-        a parameter; two parameters at one path.
+      ConfigError: `params` is no tree; an unknown grouping; a mask or view that is no such thing or
+        says nothing about a parameter; two parameters at one path.
     """
-    group_sizes(1, 1, grouping)
+    check_selection(mask, view, grouping)
+    checks.tree("params", params)
     chosen, axes_of = resolve_mask(mask, params), resolve_view(view, params)
     found: dict[str, tuple[Any, Kernel | str | ConfigError]] = {}
     for path, array in leaves_with_paths(params):

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
+from orthojax import checks
 from orthojax.matrices import from_blocks
-from orthojax.ortho.kernels import map_blocks, penalized, penalized_or_refuse
+from orthojax.ortho.kernels import (
+    check_selection,
+    map_blocks,
+    penalized,
+    penalized_or_refuse,
+)
 from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.views import View
 
@@ -61,7 +67,7 @@ def scale_by_matrix_adam(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: As `optax_ortho`.
+      ConfigError: An impossible number; otherwise as `optax_ortho`.
 
     Source: Ling et al. 2022, arXiv:2205.13599 (VectorAdam).
 
@@ -73,6 +79,11 @@ def scale_by_matrix_adam(
       [[1.0, 0.0], [0.0, 1.0]]
     """
 
+    checks.number("b1", b1, "[0, 1)", traced=True)
+    checks.number("b2", b2, "[0, 1)", traced=True)
+    checks.number("eps", eps, "[0, inf)", traced=True)
+    check_selection(mask, view, grouping)
+
     def init_fn(params):
         kernels = penalized_or_refuse(params, mask, view, grouping)
         counts = {kernel.path: (kernel.blocks,) for _, kernel in kernels}
@@ -81,14 +92,23 @@ def scale_by_matrix_adam(
             for path, leaf in leaves_with_paths(params)
             if hasattr(leaf, "shape")
         }
-        return MatrixAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), nu)
+        # optax.tree_map_params asks with a placeholder, a tree without leaves: one leaf stands for
+        # all, since these are not of the parameters' shapes.
+        moments = nu if jax.tree.leaves(params) else jnp.zeros([], jnp.float32)
+        return MatrixAdamState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params), moments)
 
     def update_fn(updates, state, params=None):
         if params is None:
             raise ValueError(NO_PARAMS_MSG)
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(updates, state.mu, b1, 1)
-        leaves = {path: leaf for path, leaf in leaves_with_paths(updates) if path in state.nu}
+        mu = jax.tree.map(
+            lambda g, m: None if g is None else _average(b1, m, g),
+            updates,
+            state.mu,
+            is_leaf=lambda x: x is None,
+        )
+        known = state.nu if isinstance(state.nu, dict) else {}
+        leaves = {path: leaf for path, leaf in leaves_with_paths(updates) if path in known}
         kernels = [
             (leaves[kernel.path], kernel)
             for _, kernel in penalized(params, mask, view, grouping)
@@ -97,18 +117,13 @@ def scale_by_matrix_adam(
         norms = map_blocks(_mean_square_of_columns, kernels)
         squares = {path: jnp.square(leaf) for path, leaf in leaves.items()}
         squares |= {kernel.path: norm for norm, (_, kernel) in zip(norms, kernels, strict=True)}
-        nu = {
-            path: b2 * moment + (1 - b2) * squares[path].astype(moment.dtype)
-            for path, moment in state.nu.items()
-        }
-        scales = {path: 1 / (jnp.sqrt(x / (1 - b2**count)) + eps) for path, x in nu.items()}
+        nu = {path: _average(b2, moment, squares[path]) for path, moment in known.items()}
+        first, second = (1 - jnp.power(b, count.astype(jnp.float32)) for b in (b1, b2))
+        scales = {path: _scale(x, first, second, eps) for path, x in nu.items()}
         scales |= {kernel.path: _spread(scales[kernel.path], kernel) for _, kernel in kernels}
         flat, treedef = jax.tree_util.tree_flatten_with_path(mu)
-        first = 1 - b1**count
-        scaled = [
-            (leaf / first * scales[path_name(path)]).astype(leaf.dtype) for path, leaf in flat
-        ]
-        return treedef.unflatten(scaled), MatrixAdamState(count, mu, nu)
+        scaled = [_times(leaf, scales[path_name(path)]) for path, leaf in flat]
+        return treedef.unflatten(scaled), MatrixAdamState(count, mu, nu if known else state.nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -117,6 +132,22 @@ def _mean_square_of_columns(blocks, identity, layout):
     del layout
     squares = jnp.sum(jnp.square(blocks), axis=tuple(range(1, blocks.ndim)))
     return squares / jnp.sum(identity, axis=(1, 2))
+
+
+def _scale(moment, first, second, eps):
+    """What a first moment is multiplied with; `first` and `second` undo the bias to zero."""
+    first, second, eps = (jnp.asarray(x, moment.dtype) for x in (first, second, eps))
+    return 1 / (first * (jnp.sqrt(moment / second) + eps))
+
+
+def _times(leaf, scale):
+    return (leaf.astype(scale.dtype) * scale).astype(leaf.dtype)
+
+
+def _average(decay, before, value):
+    """The running average, in its own dtype: nothing is left to promotion."""
+    keep, take = (jnp.asarray(x, before.dtype) for x in (decay, 1 - decay))
+    return keep * before + take * value.astype(before.dtype)
 
 
 def _spread(per_block, kernel):

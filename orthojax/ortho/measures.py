@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.matrices import gram
 from orthojax.ortho.kernels import (
@@ -49,6 +50,7 @@ def ortho_penalty(
       27.0
     """
     variant = variant_named(variant)
+    checks.number("coefficient", coefficient, "[0, inf)", traced=True)
     kernels = penalized_or_refuse(params, mask, view, grouping, variant.grouped)
     sums = [jnp.sum(part) for part in map_blocks(variant.penalty, kernels)]
     total = _total(sums)
@@ -72,7 +74,8 @@ def orthonormality_error(
       mask, view, grouping: See `optax_ortho`.
 
     Returns:
-      A dictionary from path to a scalar in float32 (float64 for float64 kernels).
+      A dictionary from path to a scalar in float32 (float64 for float64 kernels); empty where
+      nothing is a kernel.
 
     Raises:
       ConfigError: As `optax_ortho`.
@@ -136,6 +139,8 @@ def mean_correlation(
       >>> float(mean_correlation({"kernel": kernel}, diagonal=False))
       0.0
     """
+    checks.flag("diagonal", diagonal)
+    checks.flag("absolute", absolute)
     kernels = penalized(params, mask, view, "none")
 
     def cosines(blocks, identity, layout):
@@ -157,7 +162,7 @@ def mean_correlation(
         for n, (_, kernel) in zip(columns, kernels, strict=True)
     )
     if not count:
-        raise ConfigError("there are no two columns to compare in these parameters")
+        raise ConfigError("there are no two columns to compare in these `params`")
     return _total([jnp.sum(part) for part in sums]) / count
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from orthojax.errors import ConfigError
+from orthojax import checks
 from orthojax.matrices import gram, times
 from orthojax.ortho.kernels import map_blocks, penalized_or_refuse
 from orthojax.ortho.paths import path_name
@@ -50,8 +50,7 @@ def project_orthonormal(
       >>> bool(jnp.allclose(after.T @ after, jnp.eye(8), atol=1e-5))
       True
     """
-    if method not in ("newton_schulz", "svd"):
-        raise ConfigError(f"method={method!r} is unknown: choose 'newton_schulz' or 'svd'")
+    checks.choice("method", method, ("newton_schulz", "svd"))
     factor = polar if method == "newton_schulz" else _svd
     kernels = penalized_or_refuse(params, mask, view, grouping)
     parts = map_blocks(lambda blocks, identity, layout: factor(blocks, identity), kernels)

@@ -7,17 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import views
 from orthojax.ortho.paths import look_up_tree
 
 EMPTY = "no elements"  # the reason of a kernel without rows or without columns
-
-_STATIC = (
-    "; `optax.inject_hyperparams` takes a function for a schedule unless"
-    " static_args=('mask', 'view') names it"
-)
 
 
 def resolve_view(view: Any, params: Any) -> Callable[[str], Any]:
@@ -28,24 +24,22 @@ def resolve_view(view: Any, params: Any) -> Callable[[str], Any]:
       params: Parameter tree.
 
     Raises:
-      ConfigError: The view is a string, an array or a function that returns a function; at call
-        time, it says nothing about a parameter.
+      ConfigError: The view is a string, a number, an array or a function that returns a function;
+        at call time, it says nothing about a parameter.
     """
+    check_mask_and_view(None, view)
     if view is None:
         view = views.flax()
-    if isinstance(view, str):
-        raise ConfigError(f"view={view!r} is a string: give the view itself, such as views.flax()")
     if _is_function(view):
         tree = view(params)
         if _is_function(tree):
             raise ConfigError(
-                f"the view returned the function {tree!r} for the parameters, not a tree: is it a"
-                " ready-made view that was not called? Write views.flax(), not views.flax"
+                f"the view returned the function {tree!r} for the parameters, not a tree: was it"
+                " to be called first, as views.flax() is?"
             )
     else:
         tree = view
-    if isinstance(tree, jax.Array):
-        raise ConfigError(f"the view is an array, {tree!r}, not a tree of KernelAxes{_STATIC}")
+    check_mask_and_view(None, tree)
     return look_up_tree("view", tree, lambda x: isinstance(x, KernelAxes))
 
 
@@ -62,22 +56,43 @@ def resolve_mask(mask: Any, params: Any) -> Callable[[str], bool]:
       ConfigError: At once or at call time: what the mask holds is no boolean, or it says nothing
         about a parameter.
     """
+    check_mask_and_view(mask, None)
     if mask is None:
         return lambda path: True
     tree = mask(params) if _is_function(mask) else mask
-    if isinstance(tree, jax.Array):
-        raise ConfigError(f"the mask is an array, {tree!r}, not a tree of booleans{_STATIC}")
     look_up = look_up_tree("mask", tree)
 
     def chosen(path: str) -> bool:
         value = look_up(path)
         if isinstance(value, jax.core.Tracer):
-            raise ConfigError(f"the mask of parameter {path!r} is traced, not a boolean{_STATIC}")
-        if not isinstance(value, bool | int | np.bool_ | np.ndarray | jax.Array) or np.ndim(value):
+            raise ConfigError(
+                f"the mask of parameter {path!r} is traced, not a boolean{views.INJECTED}"
+            )
+        boolean = isinstance(value, bool | int | np.bool_ | np.ndarray | jax.Array)
+        if not boolean or np.ndim(value) or value not in (0, 1):
             raise ConfigError(f"the mask of parameter {path!r} is {value!r}, not True or False")
         return bool(value)
 
     return chosen
+
+
+def check_mask_and_view(mask: Any, view: Any) -> None:
+    """What neither can be, whatever the parameters are.
+
+    Raises:
+      ConfigError: The mask is a number (or one boolean for all, which is what `inject_hyperparams`
+        makes of a function), a string or an array; or so is the view, or was not called.
+    """
+    for name, value, expected in (
+        ("mask", mask, "a tree of booleans, or a function from the parameters to one"),
+        ("view", view, "a tree of KernelAxes, or a function to one, such as views.flax()"),
+    ):
+        alone = value is not None and jax.tree_util.all_leaves([value])
+        if alone and not callable(value) and not isinstance(value, KernelAxes):
+            way_out = "" if isinstance(value, str) else views.INJECTED
+            raise checks.refuse(name, value, expected + way_out)
+    if any(view is ready_made for ready_made in (views.flax, views.haiku, views.equinox)):
+        raise ConfigError(f"the view was not called: write views.{view.__name__}()")
 
 
 def _is_function(tree) -> bool:

@@ -10,16 +10,18 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from orthojax.errors import ConfigError
+from orthojax import checks
 from orthojax.matrices import from_blocks, orthonormal_factor, to_blocks
 from orthojax.ortho.kernels import Kernel, penalized_or_refuse, with_auto_axes
 from orthojax.ortho.paths import leaves_with_paths, path_name
+from orthojax.ortho.resolution import check_mask_and_view
 from orthojax.ortho.views import View
 
 Bases = tuple[jax.Array | None, ...]
 Number = float | jax.Array
 
 LONGEST_SIDE = 1024
+LONGEST_RUN = 2**31 - 1  # in updates, which are counted in int32
 
 
 class SoapState(NamedTuple):
@@ -97,8 +99,7 @@ def scale_by_soap(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: A decay outside [0, 1), a negative `eps`, `refresh_every` or
-        `max_side` below 1; as `optax_ortho`.
+      ConfigError: An impossible number; otherwise as `optax_ortho`.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -113,17 +114,15 @@ def scale_by_soap(
       <https://arxiv.org/abs/2409.11321>`_; Gupta et al. 2018, arXiv:1802.09568 (a factor for each
       side of a tensor).
     """
-    longest = LONGEST_SIDE if max_side is None else max_side
-    for name, value, low, high in (
-        ("b1", b1, 0, 1),
-        ("b2", b2, 0, 1),
-        ("factor_decay", factor_decay, 0, 1),
-        ("eps", eps, 0, math.inf),
-        ("refresh_every", refresh_every, 1, math.inf),
-        ("max_side", longest, 1, math.inf),
-    ):
-        if not isinstance(value, jax.Array) and not low <= value < high:
-            raise ConfigError(f"{name}={value!r} must be at least {low} and less than {high}")
+    for name, decay in (("b1", b1), ("b2", b2), ("factor_decay", factor_decay)):
+        checks.number(name, decay, "[0, 1)", traced=True)
+    checks.number("eps", eps, "[0, inf)", traced=True)
+    if isinstance(refresh_every, jax.Array):  # of `inject_hyperparams`, floating
+        checks.number("refresh_every", refresh_every, f"[1, {LONGEST_RUN}]", traced=True)
+    else:
+        checks.integer("refresh_every", refresh_every, 1, LONGEST_RUN)
+    longest = checks.integer("max_side", LONGEST_SIDE if max_side is None else max_side, 1)
+    check_mask_and_view(mask, view)
 
     def read(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
@@ -200,7 +199,8 @@ def soap(
       others go around it; inside `stiefel` the moments are those of the Riemannian gradient.
 
     Raises:
-      ConfigError: As `scale_by_soap`.
+      ConfigError: `learning_rate` is neither a number nor a function, `rest` is no transformation;
+        otherwise as `scale_by_soap`.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -210,20 +210,27 @@ def soap(
       [-0.5, -0.5]
     """
 
+    if not callable(learning_rate):
+        checks.number("learning_rate", learning_rate, "[0, inf)", traced=True)
+    if rest is not None:
+        checks.transformation("rest", rest)
+    check_mask_and_view(mask, view)
+    scaling = functools.partial(
+        scale_by_soap,
+        b1,
+        b2,
+        factor_decay=factor_decay,
+        eps=eps,
+        refresh_every=refresh_every,
+        max_side=max_side,
+    )
+    scaling()  # fails where a number is impossible
+
     def parts(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
         axes = {path: None for path, _ in leaves_with_paths(params)}
         axes |= {kernel.path: kernel.axes for _, kernel in kernels}
-        scale = scale_by_soap(
-            b1,
-            b2,
-            factor_decay=factor_decay,
-            eps=eps,
-            refresh_every=refresh_every,
-            max_side=max_side,
-            view=axes,
-        )
-        of_kernels = optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+        of_kernels = optax.chain(scaling(view=axes), optax.scale_by_learning_rate(learning_rate))
         of_rest = optax.adam(learning_rate) if rest is None else rest
         labels = jax.tree_util.tree_map_with_path(
             lambda keys, _: "rest" if axes[path_name(keys)] is None else "kernels", params

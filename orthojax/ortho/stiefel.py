@@ -5,13 +5,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from orthojax.errors import ConfigError
+from orthojax import checks
 from orthojax.matrices import cross_gram, gram, orthonormal_factor, times
-from orthojax.ortho.kernels import map_blocks, penalized, penalized_or_refuse
+from orthojax.ortho.kernels import (
+    check_selection,
+    map_blocks,
+    penalized,
+    penalized_or_refuse,
+)
 from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.projection import (
     newton_schulz,
@@ -103,8 +107,8 @@ def stiefel(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: An unknown method or grouping; an impossible `attraction`; at `init`, as
-        `optax_ortho`.
+      ConfigError: `inner` is no transformation; an unknown method or grouping; an impossible
+        `attraction`; an invalid mask or view; at `init`, as `optax_ortho`.
 
     Example:
       >>> from orthojax import orthonormality_error
@@ -129,15 +133,11 @@ def stiefel(
       polar and QR retraction); Javaloy and Vergari 2026, arXiv:2602.14656 (POGO, there with the
       relative gradient); Ablin and Peyré 2022, arXiv:2102.07432 (landing).
     """
-    if method not in METHODS:
-        raise ConfigError(f"method={method!r} is unknown: choose one of {tuple(METHODS)}")
-    if isinstance(attraction, int | float | np.number) and not 0 < attraction < 1:
-        raise ConfigError(f"attraction={attraction!r} must be between 0 and 1")
-    if not callable(getattr(inner, "update", None)):
-        raise ConfigError(
-            f"inner={inner!r} is no optax transformation: give the optimizer to be wrapped, such as"
-            " stiefel(optax.sgd(0.1))"
-        )
+    checks.transformation("inner", inner)
+    checks.choice("method", method, METHODS)
+    check_selection(mask, view, grouping)
+    checks.number("attraction", attraction, "(0, 1)", traced=True)
+    checks.flag("project_gradient", project_gradient)
     inner = optax.with_extra_args_support(inner)
     retract = METHODS[method]
 

@@ -1,16 +1,20 @@
 """The orthonormality penalty as an optax transformation, coupled and decoupled."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from orthojax.errors import ConfigError
-from orthojax.ortho.kernels import map_blocks, penalized, penalized_or_refuse, variant_named
+from orthojax import checks
+from orthojax.ortho.kernels import (
+    check_selection,
+    map_blocks,
+    penalized,
+    penalized_or_refuse,
+    variant_named,
+)
 from orthojax.ortho.paths import path_name
 from orthojax.ortho.variants import Variant
 from orthojax.ortho.views import View
@@ -75,9 +79,9 @@ def optax_ortho(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: A coefficient that is negative or no number; an unknown grouping or variant; by
-        `init`, a parameter whose axes the view cannot tell, with its path and shape, or no kernel
-        among the parameters at all.
+      ConfigError: A coefficient that is negative or no number; an unknown grouping or variant; an
+        invalid mask or view; by `init`, a parameter whose axes the view cannot tell, with its path
+        and shape, or no kernel among the parameters at all.
 
     With `optax.inject_hyperparams`, name the arguments that are functions in `static_args`
     (`"view"`, `"mask"`): it takes functions for schedules.
@@ -146,7 +150,9 @@ def decoupled_ortho(
 
 def _adding(coefficient, sign, mask, view, grouping, variant):
     variant = variant_named(variant)
-    _check_coefficient(coefficient)
+    check_selection(mask, view, grouping)
+    if not callable(coefficient):
+        checks.number("coefficient", coefficient, "[0, inf)", traced=True)
 
     def init_fn(params):
         # Shapes alone are looked at: a parameter that cannot be read as a matrix is an error now
@@ -162,6 +168,7 @@ def _adding(coefficient, sign, mask, view, grouping, variant):
         scale = coefficient
         if callable(coefficient):
             scale = coefficient(state.count)
+            checks.number("coefficient(count)", scale, "[0, inf)", traced=True)
             state = OrthoState(count=optax.safe_increment(state.count))
         elif isinstance(scale, (int, float)) and scale == 0:
             return updates, state
@@ -178,15 +185,6 @@ def _adding(coefficient, sign, mask, view, grouping, variant):
         ), state
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _check_coefficient(coefficient):
-    if callable(coefficient) or isinstance(coefficient, jax.Array | np.ndarray):
-        return  # its value may be traced
-    if not isinstance(coefficient, int | float | np.number) or not 0 <= coefficient < math.inf:
-        raise ConfigError(
-            f"coefficient={coefficient!r}: a number >= 0, a scalar array or a schedule is needed"
-        )
 
 
 def _add(update, scale, gradient):

@@ -27,6 +27,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from orthojax import checks
 from orthojax.matrices import gram, times
 
 
@@ -65,9 +66,24 @@ class Variant(Protocol):
         """`∂(P/2)/∂W` of every block, the shape of `blocks`."""
 
 
+class Checked:
+    """A variant whose arguments are flags, but for a number of squarings, from 0 to 64."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # of the variants below
+            value = getattr(self, field.name)
+            if field.name == "squarings":
+                checks.integer(field.name, value, 0, 64)
+            else:
+                checks.flag(field.name, value)
+
+
 @dataclasses.dataclass(frozen=True)
-class Frobenius:
+class Frobenius(Checked):
     """`‖WᵀW − I‖_F²`: Eq. 3 of the paper; "soft orthogonality" elsewhere.
+
+    Raises:
+      ConfigError: An argument is not what its default is.
 
     Example:
       >>> from orthojax.ortho import ortho_penalty
@@ -86,12 +102,15 @@ class Frobenius:
 
 
 @dataclasses.dataclass(frozen=True)
-class Double:
+class Double(Checked):
     """`‖WᵀW − I‖_F² + ‖WWᵀ − I‖_F²`: columns and rows (Bansal et al. 2018, arXiv:1810.09102, DSO).
 
     The two terms differ by the constant `f_in − n`, so the gradient is twice the ungrouped
     Frobenius one and one Gram product, of the smaller side, is enough. The floor of the penalty
     is `|f_in − f_out|`. Columns are not grouped: a wide kernel gets orthonormal rows.
+
+    Raises:
+      ConfigError: An argument is not what its default is.
 
     Example:
       >>> from orthojax.ortho import ortho_penalty
@@ -110,12 +129,15 @@ class Double:
 
 
 @dataclasses.dataclass(frozen=True)
-class MutualCoherence:
+class MutualCoherence(Checked):
     """`max |WᵀW − I|²`: the worst pair of columns, or the worst norm (Bansal et al. 2018, MC).
 
     The paper has the maximum itself, `squared=False`, whose gradient has the same size however
     close the kernel is and so never settles at a fixed step. Where several entries are largest,
     the gradient is the mean of theirs, as in `jax.grad` of `jnp.max`.
+
+    Raises:
+      ConfigError: An argument is not what its default is.
 
     Example:
       >>> from orthojax.ortho import ortho_penalty
@@ -141,7 +163,7 @@ class MutualCoherence:
 
 
 @dataclasses.dataclass(frozen=True)
-class SRIP:
+class SRIP(Checked):
     """`‖WᵀW − I‖₂²`: the spectral restricted isometry property (Bansal et al. 2018, SRIP).
 
     The eigenvector comes from power iteration by repeated squaring: `squarings` products of
@@ -149,6 +171,9 @@ class SRIP:
     exact where that has converged, that is, where the two largest `|eigenvalues|` differ by more
     than a factor `1 + 2^-squarings` or so; otherwise it is that of a near-largest eigenvalue. The
     paper has the norm itself, `squared=False`, and two steps from a random vector.
+
+    Raises:
+      ConfigError: An argument is not what its default is.
 
     Example:
       >>> from orthojax.ortho import ortho_penalty
@@ -177,13 +202,16 @@ class SRIP:
 
 
 @dataclasses.dataclass(frozen=True)
-class Cosine:
+class Cosine(Checked):
     """`Σ_{i≠j} cos²(w_i, w_j)`: orthogonality whatever the norms.
 
     With `U` the columns divided by their norms and `C` the off-diagonal part of `UᵀU`, the
     gradient of `P/2` is `2 U (C − diag(Σ_i C_ij²))`, column `j` divided by `‖w_j‖`. A column of
     norm zero has no direction and gets gradient zero. Source: Rodríguez et al. 2017,
     arXiv:1611.01967 (OrthoReg, its global form).
+
+    Raises:
+      ConfigError: An argument is not what its default is.
 
     Example:
       >>> from orthojax.ortho import ortho_penalty

@@ -25,9 +25,16 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
 from orthojax.ortho.paths import path_name, shapes_by_path
+
+#: What a message says where `optax.inject_hyperparams` may have called a function.
+INJECTED = (
+    "; with `optax.inject_hyperparams`, which takes a function for a schedule, name it there:"
+    " inject_hyperparams(..., static_args=('mask', 'view'))"
+)
 
 View = Callable[[Any], Any] | Any
 Shape = tuple[int, ...]
@@ -82,6 +89,10 @@ def flax(
       parameter is no kernel, or the question as a `ConfigError`. It raises `ConfigError` for a
       pattern that matches no parameter.
 
+    Raises:
+      ConfigError: Fragments that are no tuple of strings; a rule that is no dictionary from
+        patterns to what is said above.
+
     Example:
       >>> import jax
       >>> params = {"layers": {"Dense_0": {"kernel": jax.ShapeDtypeStruct((6, 8, 4), "float32")}}}
@@ -116,6 +127,9 @@ def haiku(
         (`hk.experimental.layer_stack`).
       depthwise, feature_groups, strides, overrides: As in `flax`.
 
+    Raises:
+      ConfigError: As `flax`.
+
     Example:
       >>> import jax
       >>> w = jax.ShapeDtypeStruct((3, 3, 32, 16), "float32")
@@ -145,6 +159,9 @@ def equinox(
         `conv` variant alone).
       overrides: Pattern of the path to axes (or `None`: no kernel); first of all rules.
 
+    Raises:
+      ConfigError: As `flax`.
+
     Example:
       >>> import equinox as eqx, jax
       >>> model = eqx.nn.MLP(3, 2, width_size=8, depth=1, key=jax.random.key(0))
@@ -153,7 +170,10 @@ def equinox(
       ((3, 8), 'named bias')
     """
 
+    _check_rules(strides=strides, overrides=overrides)
+
     def view(params):
+        _check_called_with_parameters(params)
         shapes, owners = shapes_by_path(params), _owners(params)
         axes = {path: _equinox_axes(path, shape, owners[path]) for path, shape in shapes.items()}
         return _with_rules(params, axes, strides, overrides)
@@ -188,7 +208,12 @@ class _Reading(NamedTuple):
 
 
 def _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides):
+    _check_fragments("stacked", stacked)
+    _check_fragments("depthwise", depthwise)
+    _check_rules(feature_groups=feature_groups, strides=strides, overrides=overrides)
+
     def view(params):
+        _check_called_with_parameters(params)
         shapes = shapes_by_path(params)
         evidence = _Evidence(layout, shapes, tuple(stacked))
         _check_patterns("feature_groups", feature_groups, params)
@@ -474,6 +499,36 @@ def _with_rules(params, axes, strides, overrides) -> dict[str, KernelAxes | str 
         return override
 
     return {path: of(path, found) for path, found in axes.items()}
+
+
+def _check_called_with_parameters(params):
+    if getattr(params, "shape", None) == ():
+        raise ConfigError(
+            f"the view was called with a number, {params!r}, for parameters{INJECTED}"
+        )
+
+
+def _check_fragments(name, fragments):
+    """A string by itself would be taken for the fragments that its characters are."""
+    strings = isinstance(fragments, tuple | list) and all(isinstance(f, str) for f in fragments)
+    if not strings or "" in fragments:
+        raise checks.refuse(name, fragments, "a tuple of fragments of names, such as ('scanned',)")
+
+
+def _check_rules(**rules):
+    for name, rule in rules.items():
+        if rule is None:
+            continue
+        if not isinstance(rule, Mapping) or not all(isinstance(p, str) for p in rule):
+            raise checks.refuse(name, rule, "a dictionary from patterns, such as '*/conv/kernel'")
+        for pattern, value in rule.items():
+            entry = f"{name}[{pattern!r}]"
+            if name == "feature_groups":
+                checks.integer(entry, value, 1)
+            elif name == "strides":
+                checks.strides(entry, value)
+            elif not (value is None or isinstance(value, KernelAxes)):
+                raise checks.refuse(entry, value, "KernelAxes(inputs=..., outputs=...) or None")
 
 
 def _check_patterns(name, patterns, params):

@@ -24,7 +24,7 @@ NETS = {
     "looks-linear": {"norm": "none", "activation": "crelu"},
     "shifted": {"norm": "none", "activation": "shifted_relu"},
     "tailored": {"norm": "none", "activation": "tailored_relu"},
-    "shaped": {"norm": "none", "activation": "shaped_softplus"},
+    "shaped": {"norm": "none", "activation": "shaped_softplus", "depth": 3},
     "normalized tanh": {"activation": "tanh", "bn_scale": 0.4},
     "Dirac": {"parametrization": "dirac"},
     "RepVGG": {"parametrization": "repvgg"},
@@ -147,7 +147,7 @@ def test_a_shifted_relu_passes_what_is_above_its_shift():
 @pytest.mark.parametrize("name", ["tailored_relu", "shaped_softplus"])
 def test_activations_solved_from_the_depth_keep_second_moments(name, layers):
     x = jnp.asarray(np.random.default_rng(5).standard_normal(1_000_000), jnp.float32)
-    y = ACTIVATIONS[name](layers).make()(x)
+    y = ACTIVATIONS[name](layers, 0.0).make()(x)
     np.testing.assert_allclose(jnp.mean(jnp.square(y)), 1, rtol=1e-2)
 
 
@@ -197,7 +197,7 @@ def test_modulation_of_a_net_without_normalization(images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "layer"}, "norm='layer' is unknown; take one of batch, none"),
+        ({"norm": "layer"}, "norm='layer' must be one of 'batch', 'none'"),
         ({"activation": "gelu"}, "activation='gelu'"),
         ({"parametrization": "weight"}, "parametrization='weight'"),
         ({"norm": "none", "bn_bias": 1.0}, "bn_bias=1.0 changes nothing"),

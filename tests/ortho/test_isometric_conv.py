@@ -168,10 +168,10 @@ def test_max_min_keeps_norms_and_sorts():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda: parameter_shapes((3, 3), 4, 6, (1, 1), 4), "6 outputs cannot.*4 groups"),
-        (lambda: parameter_shapes((3, 3), 4, 4, (1,)), "window .3, 3. and strides .1,."),
-        (lambda: parameter_shapes((0,), 4, 4, (1,)), "one positive number"),
-        (lambda: max_min(jnp.ones(3)), "3 channels"),
+        (lambda: parameter_shapes((3, 3), 4, 6, (1, 1), 4), "outputs=6 cannot.*feature_groups=4"),
+        (lambda: parameter_shapes((3, 3), 4, 4, (1,)), "window=.3, 3. and strides=.1,."),
+        (lambda: parameter_shapes((0,), 4, 4, (1,)), "window=.0,. must be integers from 1"),
+        (lambda: max_min(jnp.ones(3)), "an odd number of channels"),
         (
             lambda: isometric_kernel(jnp.ones((1, 1, 2, 1)), jnp.eye(2)[None], (3,), 2, 2, (1,)),
             "needs .*1, 2, 2, 1",

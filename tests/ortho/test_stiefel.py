@@ -470,10 +470,10 @@ def test_parameters_that_are_none_or_masked():
     [
         ({"method": "cayley"}, "method='cayley'.*polar"),
         ({"attraction": 1.5}, "attraction=1.5"),
-        ({"inner": 0.1}, "inner=0.1 is no optax transformation"),
+        ({"inner": 0.1}, "inner=0.1 must be an optax transformation"),
         ({"grouping": "floor"}, "grouping='floor'.*ceil"),
         ({"mask": lambda params: False}, "none of these parameters is a kernel.*masked"),
-        ({"view": "flax"}, "view='flax' is a string"),
+        ({"view": "flax"}, "view='flax' must be a tree"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -461,9 +461,9 @@ def test_what_a_view_must_say():
         (lambda params: {"kernel": 3}, "'kernel' of shape .3, 3.: the view says 3"),
         ({"kernel": KernelAxes((0,), (2,))}, "'kernel' of shape .3, 3.: .*rank 2"),
         ({"kernel": KernelAxes(0, 1, feature_groups=2)}, "'kernel' .*feature_groups"),
-        ("flax", "view='flax' is a string.*views.flax"),
+        ("flax", "view='flax' must be a tree.*views.flax"),
         (views.flax, "was not called.*views.flax"),
-        (jnp.ones(()), "array.*static_args"),
+        (jnp.ones(()), "view=Array.*static_args"),
     ]:
         with pytest.raises(ConfigError, match=f"(?s){message}"):
             optax_ortho(view=view).init(params)
@@ -484,6 +484,9 @@ def test_describe():
     assert rows["video/kernel"].reason.startswith("ERROR")
     text = str(table)
     assert "2×27 + 10" in text and text.endswith("2 of 5 parameters penalized")
+    *lines, note, _ = text.splitlines()
+    assert max(map(len, lines)) < 100  # the question is a note
+    assert note.startswith("note 1: ERROR: parameter 'video/kernel'")
     without_values = describe(jax.eval_shape(lambda: params))
     assert all(row.error is None for row in without_values.rows)
 

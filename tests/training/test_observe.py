@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from orthojax import mean_correlation
 from orthojax.models import BatchNorm, ImageNetResNet, PlainNet, in_order, unstack_blocks
-from orthojax.sites import SITE
+from orthojax.sites import SITE, measurement
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
 from tests.models.small_nets import filled_variables
@@ -101,7 +101,7 @@ def test_moments_are_those_of_the_cotangents():
         for s, c in ((8, 4),) * 3 + ((4, 8),) * 2 + ((2, 16),) * 2
     ]
     grads, cotangents = jax.jit(jax.grad(loss, argnums=(0, 1)))(variables["params"], taps)
-    found = [leaf[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
+    found = [measurement(leaf)[0] for path, leaf in in_order(grads) if path.endswith(SITE)]
     expected = [np.mean(np.square(np.asarray(c, np.float64))) for c in cotangents]
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 

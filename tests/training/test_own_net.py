@@ -102,7 +102,7 @@ def test_every_layer_but_the_last_is_modulated():
     state = abstract_state(experiment)
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)]
     assert sum(SITE in path for path in paths) == 3
-    assert len(find_state(state.opt_state).moments) == 3
+    assert len(jax.tree.leaves(find_state(state.opt_state).sites)) == 3
 
 
 def test_the_command_line_takes_its_name_and_its_arguments():
