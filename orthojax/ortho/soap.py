@@ -129,17 +129,24 @@ def scale_by_soap(
         return {kernel.path: _Sides.of(kernel, longest) for _, kernel in kernels}
 
     def init_fn(params):
+        sides = read(params)
         zeros = {
             path: tuple(
-                jnp.zeros((sides.blocks, n, n), _dtype(leaf)) if rotated else None
-                for n, rotated in zip(sides.sizes, sides.rotated, strict=True)
+                jnp.zeros((sides[path].blocks, n, n), _wide(leaf)) if rotated else None
+                for n, rotated in zip(sides[path].sizes, sides[path].rotated, strict=True)
             )
             for path, leaf in leaves_with_paths(params)
-            if (sides := read(params).get(path))
+            if path in sides
         }
-        moments = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _dtype(leaf)), params)
+        if not jax.tree.leaves(params):
+            # optax.tree_map_params asks with a placeholder, a tree without leaves: one leaf stands
+            # for all matrices.
+            zeros = jnp.zeros([1, 1, 1])
+        mu, nu = (
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf)), params) for _ in range(2)
+        )
         eyes = jax.tree.map(lambda leaf: leaf + jnp.eye(leaf.shape[-1], dtype=leaf.dtype), zeros)
-        return SoapState(jnp.zeros([], jnp.int32), moments, moments, zeros, eyes)
+        return SoapState(jnp.zeros([], jnp.int32), mu, nu, zeros, eyes)
 
     def update_fn(updates, state, params=None):
         if params is None:
@@ -420,5 +427,5 @@ def _iterate(factor, basis):
     return orthonormal_factor(jnp.take_along_axis(moved, order[:, None], axis=2))
 
 
-def _dtype(leaf):
+def _wide(leaf):
     return jnp.promote_types(leaf.dtype, jnp.float32)

@@ -247,6 +247,14 @@ def test_resumed_is_undisturbed():
         chex.assert_trees_all_equal(updates, expected)
 
 
+def test_the_state_may_be_donated():
+    gradients, found = undisturbed()
+    state, update = own().init(PARAMS), jax.jit(own().update, donate_argnums=1)
+    for gradient, expected in zip(gradients, found, strict=True):
+        updates, state = update(gradient, state, PARAMS)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+
+
 def test_multi_steps():
     gradients, found = undisturbed()
     twice = [gradient for gradient in gradients for _ in range(2)]
@@ -342,6 +350,26 @@ def test_impossible_arguments(arguments, message):
     for make in (scale_by_soap, functools.partial(soap, 0.1)):
         with pytest.raises(ConfigError, match=message):
             make(**arguments)
+
+
+@pytest.mark.parametrize("tx", [scale_by_soap(), own()])
+def test_tree_map_params_finds_the_moments(tx):
+    state = tx.init(PARAMS)
+    doubled = optax.tree_map_params(tx, lambda leaf: leaf + 1, state)
+    (before,), (after,) = (
+        [leaf for leaf in jax.tree.leaves(tree, is_leaf=is_soap) if is_soap(leaf)]
+        for tree in (state, doubled)
+    )
+    for name in ("mu", "nu"):
+        found, expected = getattr(after, name)["kernel"], getattr(before, name)["kernel"] + 1
+        np.testing.assert_array_equal(found, expected)
+    chex.assert_trees_all_equal(after.bases, before.bases)
+
+
+def test_shapes_are_enough_to_begin():
+    shapes = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), PARAMS)
+    found, expected = (own().init(tree) for tree in (shapes, PARAMS))
+    chex.assert_trees_all_equal(found, expected)
 
 
 def test_update_needs_params_and_kernels():
