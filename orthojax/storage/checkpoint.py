@@ -7,6 +7,7 @@ import logging
 import os
 import pathlib
 import re
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -26,17 +27,21 @@ class _WithoutOrbaxChatter(logging.Filter):
     """Drops what orbax tells at levels below WARNING, and nothing of anybody else's.
 
     Of the warnings, one: that a checkpoint without a test accuracy has none. Of the errors, those
-    of threads that save, with a traceback each: `Checkpointer` raises them.
+    of threads and coroutines that save, with a traceback each: `Checkpointer` raises them.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if f"{os.sep}orbax{os.sep}" not in record.pathname:
+        places = [record.pathname]
+        if record.exc_info and record.exc_info[2]:
+            places += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
+        if not any(f"{os.sep}orbax{os.sep}" in place for place in places):
             return True
         without_metrics = "did not provide metrics" in str(record.msg)
         return record.levelno >= logging.WARNING and not (without_metrics or record.exc_info)
 
 
-logging.getLogger("absl").addFilter(_WithoutOrbaxChatter())
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_WithoutOrbaxChatter())
 
 
 def _test_accuracy(metrics: dict[str, float]) -> float:
@@ -206,7 +211,9 @@ class Checkpointer:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        # What a save in the background failed with, too, comes of what is being raised already.
+        with contextlib.suppress(*[Exception] if exception[0] else []):
+            self.close()
 
     def _write_checksums(self) -> None:
         if jax.process_index() == 0 and not self._remote:

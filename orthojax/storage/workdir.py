@@ -18,7 +18,7 @@ import jax
 
 from orthojax.config.sections import differences, to_json
 from orthojax.console import tell
-from orthojax.errors import WorkdirBusyError, WorkdirError, is_permanent
+from orthojax.errors import UserError, WorkdirBusyError, WorkdirError, is_permanent
 from orthojax.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from orthojax.storage.paths import (
     TEMPORARY,
@@ -62,6 +62,7 @@ _LAST_BITS = ("packages.jaxlib:", "backend:", "device_kind:", "device_count:")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 _OF_WRITING = (errno.EROFS, errno.EFBIG, errno.EIO)  # said of an open file, without its name
 _held_locks: dict[tuple[int, int], int] = {}  # descriptors by device and inode
+_claimed: dict[str, tuple[int, int]] = {}  # device and inode of the lock, by directory
 _ATTEMPTS, _SECONDS = 5, 0.1  # of a reader, while a start of the run writes its files anew
 
 
@@ -254,17 +255,16 @@ def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
 
 
 def check_owned(workdir: str | os.PathLike) -> None:
-    """Says if `workdir` is no longer the directory that this process has claimed.
+    """Says if `workdir` is no longer the directory that this process has claimed, if it has.
 
     Raises:
       WorkdirError: it has been removed, or another one is in its place.
     """
     workdir = to_path(workdir)
-    if is_remote(workdir):
-        return
+    claimed = _claimed.get(os.path.abspath(workdir))
     try:
-        status = os.stat(workdir / "lock")
-        if (status.st_dev, status.st_ino) in _held_locks:
+        status = os.stat(workdir / "lock") if claimed else None
+        if status is None or (status.st_dev, status.st_ino) == claimed:
             return
     except (FileNotFoundError, NotADirectoryError):
         pass
@@ -300,14 +300,16 @@ def failures_explained(workdir: Any) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if not is_permanent(error):
+    except UserError:
+        raise
+    except Exception as error:
+        check_owned(workdir)  # else whatever was raised comes of that
+        if not (isinstance(error, OSError) and is_permanent(error)):
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         below = os.path.abspath(str(error.filename)).startswith(os.path.abspath(workdir))
         if not (below or full or error.filename is None and error.errno in _OF_WRITING):
             raise
-        check_owned(workdir)
         out = "make room, and run" if full else "mend that, or choose another --workdir, and run"
         raise WorkdirError(
             f"{workdir} cannot be written: {error}\nWhat was saved stays; {out} the same command "
@@ -399,6 +401,7 @@ def _lock(workdir: pathlib.Path) -> None:
             "trains there"
         )
     _held_locks[identity] = descriptor
+    _claimed[os.path.abspath(workdir)] = identity
 
 
 def _drop_inherited_locks() -> None:

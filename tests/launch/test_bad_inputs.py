@@ -6,6 +6,7 @@ normal tests take a sample; all of them: `pytest -m slow tests/launch/test_bad_i
 """
 
 import itertools
+import os
 import pathlib
 import random
 import shutil
@@ -148,7 +149,7 @@ DAMAGES = {
 }
 FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "summary.json", "lock", "curves.png"),
-    "preprocessing.json",
+    *("preprocessing.json", "checksums.json"),
     *("checkpoints/6/checksums.json", "checkpoints/6/position/metadata"),
     *("checkpoints/6/metrics/metrics", "checkpoints/6/state/_METADATA"),
     *("checkpoints/6/_CHECKPOINT_METADATA", "checkpoints/4/checksums.json"),
@@ -174,7 +175,9 @@ OTHERS = {
     "a step that was begun": lambda run: (run / "checkpoints/9.orbax-checkpoint-tmp").mkdir(),
     "a stranger": lambda run: (run / "checkpoints/notes.txt").write_text("mine"),
     "a copy": lambda run: shutil.copytree(run / "checkpoints/6", run / "checkpoints/6 (copy)"),
-    "no write before": lambda run: (run / ".config.json.tmp").write_text("{"),
+    "no write before": lambda run: (run / ".0123456789abcdef.tmp").write_text("{"),
+    "a link out": lambda run: (run / "tensorboard").symlink_to("/"),
+    "a pipe": lambda run: os.mkfifo(run / "notes"),
 }
 
 

@@ -1,5 +1,6 @@
 """Checkpoints: bit for bit, finished or absent, and never of another model."""
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -371,5 +372,10 @@ def test_only_the_chatter_of_orbax_is_silenced(tmp_path, caplog):
     caplog.set_level(logging.DEBUG, logger="absl")
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"a": jnp.zeros(2)}, {}, wait=True)
+    loop = asyncio.new_event_loop()  # says of an orphaned error what nobody needs to hear twice
+    with ocp.StandardCheckpointer() as reader:
+        error = pytest.raises(FileNotFoundError, reader.restore, tmp_path / "none").value
+    loop.call_exception_handler({"message": "never retrieved", "exception": error})
+    loop.close()
     absl.info("from the user")
     assert [record.getMessage() for record in caplog.records] == ["from the user"]

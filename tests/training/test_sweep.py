@@ -93,6 +93,10 @@ def test_nothing_is_trained_twice(trained, tmp_path):
     first = search(tmp_path)
     count = len(trained)
     assert search(tmp_path) == first and len(trained) == count
+    record = next(tmp_path.glob("*/record.json"))
+    record.write_text(record.read_text()[:-20])
+    with pytest.raises(WorkdirError, match=f"{record} is damaged"):
+        search(tmp_path)
 
 
 def test_what_was_trained_with_another_config_is_refused(trained, tmp_path):
