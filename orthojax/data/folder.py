@@ -1,6 +1,7 @@
 """Pictures of one's own: a folder for each split, and in it one for each class."""
 
 import dataclasses
+import hashlib
 import os
 import pathlib
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ class Files:
     def num_classes(self) -> int:
         """Labels are 0 to `num_classes - 1`."""
         return len(self.class_names)
+
+    @property
+    def digest(self) -> str:
+        """Hash of the pictures' names in their order, by which a run knows them again."""
+        names = "\0".join(self.paths).encode(errors="surrogateescape")
+        return hashlib.sha256(names).hexdigest()[:16]
 
     @property
     def remedy(self) -> str:

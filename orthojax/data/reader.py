@@ -214,7 +214,7 @@ class StreamedTrainIterator(sampler.Resumable):
         threads: int,
     ):
         self._rows = sampler.check_batch(batch_size, rows, len(records))
-        super().__init__(seed, len(records))
+        super().__init__(seed, len(records), records.digest)
         sampler.images(seed, len(records), 0, 1)  # a negative seed is an error here
         self._place = functools.partial(train_place, seed, len(records), geometry)
         self._decode = Decode(records, geometry, replace=True)

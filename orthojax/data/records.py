@@ -36,6 +36,11 @@ class Records:
     num_classes: int
 
     @property
+    def digest(self) -> str:
+        """None is needed: a prepared set stays what it is."""
+        return ""
+
+    @property
     def remedy(self) -> str:
         """What to do where records are damaged."""
         return "remove that directory and prepare the set again"

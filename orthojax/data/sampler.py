@@ -93,19 +93,22 @@ class Resumable:
     Args:
       seed: of the stream.
       size: the number of images.
+      digest: of the images' names in their order, where they may be others than they were.
     """
 
-    def __init__(self, seed: int, size: int):
+    def __init__(self, seed: int, size: int, digest: str = ""):
         self._seed = seed
         self._size = size
+        self._digest = digest
         self._position = 0
 
     def __iter__(self) -> Self:
         return self
 
-    def get_state(self) -> dict[str, int]:
+    def get_state(self) -> dict[str, Any]:
         """Where the stream stands, of JSON's types; `position` counts the images handed out."""
-        return {"position": self._position, "seed": self._seed, "num_images": self._size}
+        state = {"position": self._position, "seed": self._seed, "num_images": self._size}
+        return {**state, "files": self._digest} if self._digest else state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from what `get_state` returned.
@@ -115,8 +118,8 @@ class Resumable:
 
         Args:
           state: what `get_state` returned, perhaps from another process. `DatasetError` if it
-            belongs to another seed or to a split of another length, which is another stream;
-            `ConfigError` if it is no such state.
+            belongs to another seed or to a split of another length or of other files, which is
+            another stream; `ConfigError` if it is no such state.
         """
         if not isinstance(state, Mapping) or not {"position", "seed", "num_images"} <= state.keys():
             raise checks.refuse("state", state, "what `get_state` returned")
@@ -126,6 +129,11 @@ class Resumable:
                     f"the saved data position is of a stream with {name} {state[name]}, this one "
                     f"has {name} {own}; resume with the data set and seed the run was started with"
                 )
+        if state.get("files", self._digest) != self._digest:
+            raise DatasetError(
+                "the saved data position is of a split of other files: some were renamed, or as "
+                "many added as removed; bring them back, or start another run"
+            )
         self._position = checks.integer("position", state["position"], 0)
 
 

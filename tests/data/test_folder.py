@@ -192,6 +192,17 @@ def test_what_is_wrong_is_named(copy, damage, message):
         data.load("folder", str(copy), **OPTIONS)
 
 
+def test_a_stream_of_other_files_is_not_gone_on_with(copy, root):
+    state = data.load("folder", str(root), **OPTIONS).train_batches(4, seed=0).get_state()
+    same = data.load("folder", str(copy), **OPTIONS).train_batches(4, seed=0)
+    same.set_state({**state, "position": 8})
+    assert same.get_state()["position"] == 8
+    (copy / "train" / "bee" / "00.jpg").rename(copy / "train" / "bee" / "99.jpg")
+    other = data.load("folder", str(copy), **OPTIONS).train_batches(4, seed=0)
+    with pytest.raises(DatasetError, match="of a split of other files: some were renamed"):
+        other.set_state(state)
+
+
 def test_a_file_that_goes_away_is_named(copy):
     dataset = data.load("folder", str(copy), **OPTIONS)
     for path in copy.glob("test/ant/*"):
