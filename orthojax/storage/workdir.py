@@ -132,8 +132,8 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
     """Adds facts to what `environment.json` says of the last start.
 
     Returns:
-      In what the start differs from the one before, of what the last bits of a result depend on: a
-      line for each fact, for the version of jaxlib and for the devices.
+      In what the start differs from the last one that has noted the same facts, of what the last
+      bits of a result depend on: a line for each fact, for the version of jaxlib and the devices.
 
     Example:
       >>> import tempfile
@@ -148,12 +148,13 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
     *before, start = json.loads(path.read_bytes())
     start |= facts
     write_json_atomic(path, [*before, start])
-    if not before:
+    noted = [
+        earlier for earlier in before if isinstance(earlier, dict) and facts.keys() <= {*earlier}
+    ]
+    if not noted:
         return []
     watched = (*(f"{name}:" for name in facts), *_LAST_BITS)
-    # What an earlier version has not noted is not known to differ.
-    known = {name: value for name, value in start.items() if name in before[-1]}
-    return [line for line in differences(before[-1], known) if line.startswith(watched)]
+    return [line for line in differences(noted[-1], start) if line.startswith(watched)]
 
 
 def check_workdir(workdir: str | os.PathLike) -> None:

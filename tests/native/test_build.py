@@ -140,6 +140,21 @@ def test_without_a_home_one_line_says_so(monkeypatch, warnings):
     assert len(warnings()) == 1 and "set XDG_CACHE_HOME" in warnings()[0]
 
 
+def test_what_is_exported_is_for_any_machine():
+    x, kernel = np.ones((1, 4, 4, 8), np.float32), np.ones((3, 3, 8, 8), np.float32)
+    numbers = ("NHWC", "HWIO", "NHWC")
+
+    def squares(kernel):
+        y = conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+        return (y**2).sum()
+
+    step = jax.jit(jax.grad(squares))
+    assert "orthojax_kernel_gradient" in step.lower(kernel).as_text()
+    exported = jax.export.export(step, platforms=("cpu",))(kernel)
+    assert "orthojax_" not in exported.mlir_module()
+    np.testing.assert_allclose(exported.call(kernel), step(kernel), rtol=1e-5)
+
+
 def test_it_can_be_switched_off(tmp_path, monkeypatch, warnings):
     monkeypatch.setenv("ORTHOJAX_NATIVE", "0")
     assert convolve() == (ANSWER, False)
