@@ -376,8 +376,8 @@ def _due_blocks(count, refresh_every, sides):
 
 def _nothing_learned(factors):
     """Whether no gradient but zero has come so far, as in the first update within `modulation`."""
-    largest = [jnp.max(jnp.abs(factor)) for factor in factors if factor is not None]
-    return functools.reduce(jnp.maximum, largest, jnp.zeros([])) == 0
+    zero = [jnp.all(factor == 0) for factor in factors if factor is not None]
+    return functools.reduce(jnp.logical_and, zero, jnp.array(True))
 
 
 def _refreshed(first, due, factors, bases, mu, nu):

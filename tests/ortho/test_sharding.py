@@ -120,7 +120,10 @@ def test_meshes_with_explicit_axes(layout):
 
 def collectives(layout):
     _, params, _ = sharded_params(layout)
-    compiled = compiled_update("frobenius").lower(params, params).compile()
+    return collectives_of(compiled_update("frobenius").lower(params, params).compile())
+
+
+def collectives_of(compiled):
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     return re.findall(rf" = .*? ({names})(?:-start)?\(", compiled.as_text())
 
@@ -134,23 +137,28 @@ def test_kernels_sharded_over_inputs_are_never_gathered():
     assert collectives("fsdp over inputs") == ["all-reduce"]
 
 
-def preconditioned(layout, axis_type=AxisType.Auto):
-    """The second update by `scale_by_soap` of a stack and of a dense kernel, and its state."""
+def preconditioned(layout, axis_type):
+    """Parameters, the second update by `scale_by_soap`, its state, and what crosses devices."""
     _, params, _ = sharded_params(layout, axis_type)
     with jax.enable_x64(True):
-        params = {name: jax.tree.map(jnp.float64, params[name]) for name in ("scanned", "head")}
+        params = {"scanned": jax.tree.map(jnp.float64, params["scanned"])}
         tx = scale_by_soap(refresh_every=1)
-        update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
+
+        @jax.jit
+        def update(scale, state, params):
+            return tx.update(jax.tree.map(lambda p: scale * p, params), state, params)
+
+        state = jax.jit(tx.init)(params)
         for scale in (1.0, 2.0):
-            updates, state = update(jax.tree.map(lambda p, s=scale: s * p, params), state, params)
-    return params, updates, state
+            updates, state = update(scale, state, params)
+        crossing = collectives_of(update.lower(2.0, state, params).compile())
+    return params, updates, state, crossing
 
 
 def test_preconditioned_updates_have_the_values_and_the_sharding():
-    _, expected, _ = preconditioned("data")
-    for axis_type in AxisType.Auto, AxisType.Explicit:
-        params, updates, state = preconditioned("both ways", axis_type)
-        chex.assert_trees_all_close(updates, expected, atol=1e-5)
-    # On explicit axes it is of the type; on others the compiler chooses, or the trainer.
+    _, expected, _, crossing = preconditioned("data", AxisType.Auto)
+    assert not crossing
+    params, updates, state, _ = preconditioned("both ways", AxisType.Explicit)
+    chex.assert_trees_all_close(updates, expected, atol=1e-5)
     types = [jax.tree.map(jax.typeof, tree) for tree in (params, updates, state.mu, state.nu)]
     assert types[0] == types[1] == types[2] == types[3]
