@@ -163,7 +163,7 @@ def test_modulation_of_a_net_without_normalization(images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "layer"}, "norm='layer' is unknown; take one of batch, none"),
+        ({"norm": "layer"}, "norm='layer' must be one of 'batch', 'none'"),
         ({"activation": "gelu"}, "activation='gelu'"),
         ({"parametrization": "weight"}, "parametrization='weight'"),
         ({"norm": "none", "bn_bias": 1.0}, "bn_bias=1.0 changes nothing"),
