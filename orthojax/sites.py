@@ -28,6 +28,7 @@ import optax
 
 from orthojax import checks
 from orthojax.errors import ConfigError
+from orthojax.matrices import accumulation_dtype
 
 #: A parameter is a site if this is its name, in whichever framework.
 SITE = "modulation_site"
@@ -130,7 +131,7 @@ def _site_forward(x, site):
 def _site_backward(site, cotangent):
     moment = jnp.mean(jnp.square(cotangent.astype(jnp.float32)))
     rho, measured = rescaling(moment, site, cotangent.dtype)
-    wide = jnp.promote_types(cotangent.dtype, jnp.float32)
+    wide = accumulation_dtype(cotangent.dtype)
     return (rho.astype(wide) * cotangent.astype(wide)).astype(cotangent.dtype), measured
 
 

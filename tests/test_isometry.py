@@ -8,7 +8,7 @@ import pytest
 
 from orthojax.analysis.growth import log_growth
 from orthojax.errors import ConfigError
-from orthojax.isometry import error_growth, isometric_bias
+from orthojax.isometry import error_growth, isometric_bias, passed_share, relu_variance
 from orthojax.models import PlainNet
 
 
@@ -37,9 +37,20 @@ def test_the_bias_solves_its_equation(layers, growth):
 
 
 def test_impossible_arguments_are_refused():
-    for arguments in ((0, 10.0), (10, 1.0), (10, float("nan"))):
-        with pytest.raises(ConfigError, match="growth="):
+    for arguments, name in (((0, 10.0), "layers=0"), ((10, 1.0), "growth=1.0")):
+        with pytest.raises(ConfigError, match=name):
             isometric_bias(*arguments)
+
+
+def test_any_bias_has_a_share_and_a_variance():
+    """Those of a trained net may be anything."""
+    for bias, share, variance in (
+        (1e200, 1.0, 1.0),
+        (-1e200, 0.0, 0.0),
+        (np.float32(0), 0.5, 0.34),
+    ):
+        assert passed_share(bias) == share
+        np.testing.assert_allclose(relu_variance(bias), variance, atol=1e-2)
 
 
 def test_a_net_at_initialization_grows_as_the_theory_says():

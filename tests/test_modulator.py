@@ -290,10 +290,13 @@ def test_sites_at_the_output_only_measure():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tolerance": 0.5}, "tolerance=0.5 must be at least 1"),
-        ({"decay": 1.0}, r"decay=1.0 must be in \[0, 1\)"),
-        ({"steps": -1}, "steps=-1 must be at least 0"),
-        ({"reference": 0.0}, "reference=0.0 must be positive and finite"),
+        (
+            {"tolerance": np.float32(0.5)},
+            r"tolerance=np.float32.0.5. must be a number in \[1, inf\]",
+        ),
+        ({"decay": 1.0}, r"decay=1.0 must be a number in \[0, 1\)"),
+        ({"steps": -1}, r"steps=-1 must be a number in \[0, inf\]"),
+        ({"reference": 0.0}, r"reference=0.0 must be a number in \(0, inf\)"),
     ],
 )
 def test_bad_numbers_are_named(arguments, message):
@@ -307,6 +310,20 @@ def test_a_model_without_sites_is_refused():
     tx, params = modulation(INNER), make_params()
     with pytest.raises(ValueError, match="params"):
         tx.update(grad(params, make_batch(0)), tx.init(params))
+
+
+def test_optax_maps_over_what_is_of_the_parameters():
+    params = make_params()
+    tx = modulation(optax.sgd(0.1, momentum=0.9))
+    state = tx.init(params)
+    doubled = optax.tree_map_params(tx, lambda leaf, by: by * leaf, state, params, is_leaf=masked)
+    assert jax.tree.structure(doubled) == jax.tree.structure(state)
+    assert doubled.sites[3][SITE][2] == 9  # its position, 3, by that of the parameter
+    assert doubled.count.shape == () and doubled.measured == 0
+
+
+def masked(leaf):
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def test_state_of_shapes_alone():

@@ -88,7 +88,7 @@ def scale_by_matrix_adam(
         kernels = penalized_or_refuse(params, mask, view, grouping)
         counts = {kernel.path: (kernel.blocks,) for _, kernel in kernels}
         nu = {
-            path: jnp.zeros(counts.get(path, leaf.shape), jnp.promote_types(leaf.dtype, "float32"))
+            path: jnp.zeros(counts.get(path, leaf.shape), _wide(leaf.dtype))
             for path, leaf in leaves_with_paths(params)
             if hasattr(leaf, "shape")
         }
@@ -126,6 +126,10 @@ def scale_by_matrix_adam(
         return treedef.unflatten(scaled), MatrixAdamState(count, mu, nu if known else state.nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _wide(dtype):
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _mean_square_of_columns(blocks, identity, layout):

@@ -214,9 +214,9 @@ def test_standard_bottlenecks_are_orthonormal_in_groups():
 
 
 def test_what_does_not_exist_is_refused_with_the_choices():
-    with pytest.raises(ValueError, match="depth=35 is unknown; take one of 34, 50, 101, 152"):
+    with pytest.raises(ValueError, match="depth=35 must be one of 34, 50, 101, 152"):
         ImageNetPlainNet(depth=35)
-    with pytest.raises(ValueError, match="'wide' is unknown; take one of 'paper', 'standard'"):
+    with pytest.raises(ValueError, match="bottleneck='wide' must be one of 'paper', 'standard'"):
         ImageNetResNet(depth=101, bottleneck="wide")
     with pytest.raises(ValueError, match="depth=34 has no bottlenecks"):
         ImageNetPlainNet(depth=34, bottleneck="standard")

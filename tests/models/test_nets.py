@@ -99,9 +99,10 @@ def test_segments_need_less_memory_than_blocks():
 
 
 def test_unknown_recomputation_is_refused():
-    for options in (dict(remat=True), dict(remat="segments", scan=False)):
-        with pytest.raises(ValueError, match="remat is one of none, blocks, segments"):
-            PlainNet(depth=8, **options)
+    with pytest.raises(ValueError, match="remat=True must be one of 'none', 'blocks', 'segments'"):
+        PlainNet(depth=8, remat=True)
+    with pytest.raises(ValueError, match="segments are of scanned blocks"):
+        PlainNet(depth=8, remat="segments", scan=False)
 
 
 def test_stacking_is_the_inverse_of_unstacking(images):

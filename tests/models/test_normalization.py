@@ -138,7 +138,7 @@ def test_the_moment_of_an_error_that_vanishes_is_never_negative():
 
 def test_a_batch_that_cannot_be_cut_is_refused():
     norm = BatchNorm(groups=4, use_running_average=False)
-    with pytest.raises(ValueError, match="4 groups do not divide a batch of 10"):
+    with pytest.raises(ValueError, match="groups=4 must be a divisor of 10"):
         norm.init(jax.random.key(0), jnp.ones((10, 3)))
 
 

@@ -158,6 +158,15 @@ def test_the_layer_in_bfloat16():
     np.testing.assert_allclose(*norms, rtol=1e-2)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_layer_with_parameters_of_16_bits(dtype):
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 4))
+    layer = OrthogonalConv(4, (3, 3), param_dtype=dtype)
+    y, variables = jax.jit(layer.init_with_output)(jax.random.key(1), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(dtype)}
+    np.testing.assert_allclose(*map(np.linalg.norm, (x, y)), rtol=1e-5)
+
+
 def test_max_min_keeps_norms_and_sorts():
     x = jax.random.normal(jax.random.key(0), (5, 6))
     y = max_min(x)

@@ -101,3 +101,24 @@ def test_it_does_not_depend_on_the_basis():
     plain, _ = run(scale_by_matrix_adam(), gradients, params)
     after, _ = run(scale_by_matrix_adam(), turned, params)
     np.testing.assert_allclose(after["kernel"], left @ plain["kernel"] @ right, atol=1e-5)
+
+
+def test_optax_maps_over_the_moments_of_the_parameters():
+    """Second moments of kernels have no parameter's shape, and stay as they are."""
+    tx, params = scale_by_matrix_adam(), {"kernel": jnp.eye(2), "bias": jnp.ones(2)}
+    state = tx.init(params)
+    mapped = optax.tree_map_params(tx, lambda moment, by: moment + by, state, params)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    assert jax.tree.map(np.array_equal, mapped.mu, params) == {"kernel": True, "bias": True}
+    np.testing.assert_array_equal(mapped.nu["kernel"], [0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_injected_numbers_leave_dtypes_as_they_are(dtype):
+    params = {"kernel": jnp.eye(2, dtype=dtype), "bias": jnp.ones(2, dtype)}
+    tx = optax.inject_hyperparams(scale_by_matrix_adam, hyperparam_dtype=jnp.float32)()
+    state = tx.init(params)
+    updates, after = tx.update(params, state, params)
+    dtypes = [jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (state, after)]
+    assert dtypes[0] == dtypes[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
