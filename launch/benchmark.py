@@ -26,6 +26,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilation is measured, too
 
 PARTS = ("step", "soap", "convolution", "latency", "input", "compile", "memory")
+KINDS = ("json", "md", "png")  # of what is written
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
@@ -65,7 +66,7 @@ def main() -> int:
     from orthojax.storage.paths import output_directory, write_atomic
 
     try:
-        output_directory(arguments.output)
+        output_directory(arguments.output, *(f"measurements.{kind}" for kind in KINDS))
         baseline = read(arguments.baseline) if arguments.baseline.exists() else {}
     except UserError as error:
         parser.error(str(error))

@@ -93,7 +93,7 @@ def main() -> int:
         parser.error(f"--torch_python={arguments.torch_python} is no program")
 
     try:
-        output_directory(arguments.output)
+        output_directory(arguments.output, "comparison.json", "comparison.md")
     except UserError as error:
         parser.error(str(error))
     rows, versions = [], {}

@@ -37,7 +37,8 @@ def main():
 
     options = flags.FLAGS
     classifier = load_trained()
-    output = output_directory(options.output or options.workdir)
+    files = ("evaluation.json", "confusion.png")
+    output = output_directory(options.output or options.workdir, *files)
     config = read_run_file(options.workdir, CONFIG)
     section = dict(config["dataset"])
     section.pop("cache_dir", None)  # a run does not say where this program writes
@@ -55,10 +56,10 @@ def main():
     found = evaluate(classifier, dataset.test_batches(config["batch_size"]), names)
 
     about = {"step": classifier.step, "split": section.get("test_split"), "recalibrate_bn": size}
-    write_json_atomic(output / "evaluation.json", {**about, **found.to_json()})
-    write_picture(found.draw(), output / "confusion.png")
+    write_json_atomic(output / files[0], {**about, **found.to_json()})
+    write_picture(found.draw(), output / files[1])
     show(found, classifier.step)
-    tell(f"\nwritten to {output}: evaluation.json, confusion.png", sys.stdout)
+    tell(f"\nwritten to {output}: {', '.join(files)}", sys.stdout)
 
 
 def show(found, step):

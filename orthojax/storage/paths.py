@@ -183,8 +183,12 @@ def check_output(path: str | os.PathLike) -> None:
         ) from error
 
 
-def output_directory(path: str | os.PathLike) -> Any:
+def output_directory(path: str | os.PathLike, *names: str) -> Any:
     """Makes a directory, and proves that files can be written into it; returns `to_path` of it.
+
+    Args:
+      path: of the directory; one that is there is taken.
+      *names: of the files, see `check_output`.
 
     Raises:
       UserError: it cannot be made or written to; the message names it and says why.
@@ -200,6 +204,8 @@ def output_directory(path: str | os.PathLike) -> Any:
             f"{os.fspath(path)!r} is no directory that can be written to: "
             f"{getattr(error, 'strerror', None) or error}; choose another"
         ) from error
+    for name in names:
+        check_output(directory / name)
     return directory
 
 

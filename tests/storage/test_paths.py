@@ -151,7 +151,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, m
             output_directory("file/a.png" if name == "none/a.png" else name)
     for good in ("new.png", "file", "/dev/null"):
         check_output(good)
-    assert output_directory("a/b").is_dir()
+    assert output_directory("a/b", "c.json").is_dir()
+    with pytest.raises(UserError, match="no file to write to"):
+        output_directory("a", "b")
     (tmp_path / "a" / "b").rmdir(), (tmp_path / "a").rmdir()
     assert sorted(tmp_path.iterdir()) == before
 
