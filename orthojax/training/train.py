@@ -86,27 +86,24 @@ def train_and_evaluate(
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
     path = workdir / preprocessing.FILE
     claim(workdir, config, lambda: _check_same_data(path, dataset))
-    if _read_preprocessing(path) is None:
-        write_json_atomic(path, dataset.preprocessing.to_json())
+    write_json_atomic(path, dataset.preprocessing.to_json())
 
 
 def _check_same_data(path: Any, dataset: data.Dataset) -> None:
-    saved = _read_preprocessing(path)
-    changes = saved.differences(dataset.preprocessing) if saved else []
+    try:
+        saved = Preprocessing.from_json(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError, KeyError, DatasetError) as error:
+        tell(f"{path} is damaged ({error}); it is written anew from the data set as it is")
+        return
+    changes = saved.differences(dataset.preprocessing)
     if changes:
         raise WorkdirError(
             f"{path.parent} holds a run that was trained on other data (there -> here):\n  "
             + "\n  ".join(changes)
             + "\nChoose another --workdir, or bring the data back to what it was."
         )
-
-
-def _read_preprocessing(path: Any) -> Preprocessing | None:
-    """None where there is none, or it is damaged: then it is written anew, as the data set is."""
-    try:
-        return Preprocessing.from_json(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError, KeyError, DatasetError):
-        return None
 
 
 def _train(experiment: Experiment, workdir: Any, callbacks: Sequence[Callback]) -> dict[str, Any]:
