@@ -101,8 +101,8 @@ class Classifier(Trained):
             return
         if not isinstance(images, Iterable) or isinstance(images, AbstractSet | bytes):
             raise DatasetError(
-                f"images are {type(images).__name__} {images!r}, and must be one uint8 array, or "
-                "paths of pictures in an order"
+                f"images are {type(images).__name__} {_shown(images)}, and must be one uint8 "
+                "array, or paths of pictures in an order"
             )
         read = map(self._picture, images)
         while piece := list(itertools.islice(read, LARGEST_BATCH)):
@@ -112,7 +112,7 @@ class Classifier(Trained):
         if not isinstance(path, str | os.PathLike):
             raise DatasetError(
                 f"images are neither one uint8 array nor paths of pictures: among them is "
-                f"{type(path).__name__} {path!r}"
+                f"{type(path).__name__} {_shown(path)}"
             )
         return self.preprocessing.read(path)
 
@@ -137,6 +137,10 @@ def _check_ours(net: Any, what: str) -> None:
         raise ValueError(
             f"only the nets of orthojax.models can be {what}, not {type(net).__name__}"
         )
+
+
+def _shown(value: Any) -> str:
+    return f"{value.dtype} {value.shape}" if hasattr(value, "shape") else repr(value)[:60]
 
 
 def _power_of_two(number: int) -> int:

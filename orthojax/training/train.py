@@ -114,27 +114,27 @@ def _read_source(settings: Settings) -> Trained:
 
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
     claim(workdir, config, lambda: _check_same_data(workdir, dataset))
-    if _read_preprocessing(workdir) is None:
-        write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
+    write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
     seal(workdir, CONFIG, preprocessing.FILE)
 
 
 def _check_same_data(workdir: Any, dataset: data.Dataset) -> None:
-    saved = _read_preprocessing(workdir)
-    changes = saved.differences(dataset.preprocessing) if saved else []
+    path = workdir / preprocessing.FILE
+    if not path.exists():
+        return
+    try:
+        saved = Preprocessing.from_json(read_run_file(workdir, preprocessing.FILE))
+    except (WorkdirError, DatasetError) as error:
+        reason = str(error).partition("\n")[0]
+        tell(f"{path} is damaged ({reason}); it is written anew from the data set as it is")
+        return
+    changes = saved.differences(dataset.preprocessing)
     if changes:
         raise WorkdirError(
             f"{workdir} holds a run that was trained on other data (there -> here):\n  "
             + "\n  ".join(changes)
             + "\nChoose another --workdir, or bring the data back to what it was."
         )
-
-
-def _read_preprocessing(workdir: Any) -> Preprocessing | None:
-    """None where there is none, or it is damaged: then it is written anew, as the data set is."""
-    with contextlib.suppress(WorkdirError, DatasetError):
-        return Preprocessing.from_json(read_run_file(workdir, preprocessing.FILE))
-    return None
 
 
 def _train(

@@ -131,6 +131,7 @@ def test_a_file_is_what_its_pixels_are(classifier, digits, tmp_path):
         (np.zeros((2, 9, 8, 1), np.uint8), r"must be uint8 \(N, 8, 8, 1\)"),
         ("there_is_none.png", "there_is_none.png: No such file"),
         ([1, 2], "neither one uint8 array nor paths of pictures: among them is int 1"),
+        ([np.zeros((8, 8, 1), np.uint8)], r"among them is ndarray uint8 \(8, 8, 1\)"),
         ({"a.png"}, "must be one uint8 array, or paths of pictures in an order"),
         (None, "images are NoneType None"),
         ("zero\0.png", "null (byte|character)"),
