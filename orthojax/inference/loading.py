@@ -1,7 +1,9 @@
 """`orthojax.load`: from a working directory to a classifier."""
 
+import numbers
 import os
 
+from orthojax import checks
 from orthojax.inference.classifier import Classifier
 from orthojax.training.trained import read_trained
 
@@ -19,6 +21,7 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
       model.
 
     Raises:
+      ConfigError: `workdir` is no path, or `step` nothing of the above.
       WorkdirError: there is no run, no such step, or the checkpoint is damaged.
 
     Example:
@@ -30,4 +33,7 @@ def load(workdir: str | os.PathLike, step: int | str = "best") -> Classifier:
       >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """
+    checks.path("workdir", workdir)
+    if step not in ("best", "latest") and not isinstance(step, numbers.Integral):
+        raise checks.refuse("step", step, "'best', 'latest' or the number of a step that is kept")
     return Classifier(**vars(read_trained(workdir, step)))

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from orthojax import data
+from orthojax import checks, data
 from orthojax.analysis.curves import draw_curves
 from orthojax.console import tell
 from orthojax.data import preprocessing
@@ -70,6 +70,11 @@ def train_and_evaluate(
         while they were, is kept.
       Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
     """
+    if not hasattr(config, "items"):
+        raise checks.refuse("config", config, "a dictionary or a ConfigDict")
+    checks.path("workdir", workdir)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise checks.refuse("callbacks", callbacks, "a list of functions (step, record)")
     workdir = to_path(workdir)
     experiment = build(config)
     with failures_explained(workdir):
