@@ -316,14 +316,17 @@ def test_optax_maps_over_what_is_of_the_parameters():
     params = make_params()
     tx = modulation(optax.sgd(0.1, momentum=0.9))
     state = tx.init(params)
-    doubled = optax.tree_map_params(tx, lambda leaf, by: by * leaf, state, params, is_leaf=masked)
-    assert jax.tree.structure(doubled) == jax.tree.structure(state)
-    assert doubled.sites[3][SITE][2] == 9  # its position, 3, by that of the parameter
-    assert doubled.count.shape == () and doubled.measured == 0
 
+    def masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)
 
-def masked(leaf):
-    return isinstance(leaf, optax.MaskedNode)
+    def by_parameter(leaf, parameter):
+        return leaf if masked(leaf) else leaf * parameter
+
+    mapped = optax.tree_map_params(tx, by_parameter, state, params, is_leaf=masked)
+    assert jax.tree.structure(mapped) == jax.tree.structure(state)
+    assert mapped.sites[3][SITE][2] == 9  # its position, 3, by that of the parameter
+    assert mapped.count.shape == () and mapped.measured == 0
 
 
 def test_state_of_shapes_alone():

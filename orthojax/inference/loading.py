@@ -2,6 +2,7 @@
 
 import os
 
+from orthojax import checks
 from orthojax.inference.classifier import Classifier
 from orthojax.training.trained import read_trained
 
@@ -26,6 +27,7 @@ def load(
       model.
 
     Raises:
+      ConfigError: `workdir` is no path, `step` nothing of the above, or `own_net` no name.
       WorkdirError: there is no run, no such step, something of it is damaged, or its net is
         somebody's own and not `own_net`.
 
@@ -38,4 +40,9 @@ def load(
       >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """
+    checks.path("workdir", workdir)
+    if step not in ("best", "latest") and not str(step).isdecimal():
+        raise checks.refuse("step", step, "'best', 'latest' or the number of a step that is kept")
+    if not isinstance(own_net, str | None):
+        raise checks.refuse("own_net", own_net, "the package.module:Net of the run, or None")
     return Classifier(**vars(read_trained(workdir, step, own_net)))

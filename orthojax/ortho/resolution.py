@@ -69,7 +69,7 @@ def resolve_mask(mask: Any, params: Any) -> Callable[[str], bool]:
                 f"the mask of parameter {path!r} is traced, not a boolean{views.INJECTED}"
             )
         boolean = isinstance(value, bool | int | np.bool_ | np.ndarray | jax.Array)
-        if not boolean or np.ndim(value) or value not in (0, 1):
+        if not boolean or np.ndim(value) or np.asarray(value) not in (0, 1):
             raise ConfigError(f"the mask of parameter {path!r} is {value!r}, not True or False")
         return bool(value)
 

@@ -135,7 +135,7 @@ def _chosen(
         return steps[-1]
     if step == "best":
         return max(steps, key=lambda number: (accuracies[number], number))
-    if str(step).isdigit() and int(step) in steps:
+    if str(step).isdecimal() and int(step) in steps:
         return int(step)
     raise WorkdirError(
         f"there is no checkpoint of step {step!r} in {directory}; choose best, latest or one of "

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from orthojax import data
+from orthojax import checks, data
 from orthojax.analysis.curves import draw_curves
 from orthojax.config.sections import bind
 from orthojax.console import tell
@@ -86,6 +86,11 @@ def train_and_evaluate(
         while they were, is kept.
       Interrupted: SIGINT, SIGTERM or SIGHUP, in whichever process; the state has been saved.
     """
+    if not hasattr(config, "items"):
+        raise checks.refuse("config", config, "a dictionary or a ConfigDict")
+    checks.path("workdir", workdir)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise checks.refuse("callbacks", callbacks, "a list of functions (step, record)")
     workdir = to_path(workdir)
     on_first_process(lambda: check_workdir(workdir))
     source = _checked_first(bind(Settings, config, ""), workdir)
