@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from optax._src.base import NO_PARAMS_MSG
 
-from orthojax.errors import ConfigError
+from orthojax import checks
 from orthojax.matrices import from_blocks, orthonormal_factor, to_blocks
 from orthojax.ortho.kernels import Kernel, penalized_or_refuse, with_auto_axes
 from orthojax.ortho.paths import leaves_with_paths, path_name
@@ -97,8 +97,8 @@ def scale_by_soap(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: A decay outside [0, 1), a negative `eps`, `refresh_every` or
-        `max_side` below 1; as `optax_ortho`.
+      ConfigError: A decay outside [0, 1); a negative `eps`; `refresh_every` or `max_side` that is
+        no integer of at least 1; otherwise as `optax_ortho`.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -113,17 +113,8 @@ def scale_by_soap(
       <https://arxiv.org/abs/2409.11321>`_; Gupta et al. 2018, arXiv:1802.09568 (a factor for each
       side of a tensor).
     """
+    _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side)
     longest = LONGEST_SIDE if max_side is None else max_side
-    for name, value, low, high in (
-        ("b1", b1, 0, 1),
-        ("b2", b2, 0, 1),
-        ("factor_decay", factor_decay, 0, 1),
-        ("eps", eps, 0, math.inf),
-        ("refresh_every", refresh_every, 1, math.inf),
-        ("max_side", longest, 1, math.inf),
-    ):
-        if not isinstance(value, jax.Array) and not low <= value < high:
-            raise ConfigError(f"{name}={value!r} must be at least {low} and less than {high}")
 
     def read(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
@@ -207,7 +198,8 @@ def soap(
       others go around it; inside `stiefel` the moments are those of the Riemannian gradient.
 
     Raises:
-      ConfigError: As `scale_by_soap`.
+      ConfigError: A negative `learning_rate`; a `rest` that is no optax transformation; otherwise
+        as `scale_by_soap`.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -216,6 +208,12 @@ def soap(
       >>> updates["bias"].tolist()
       [-0.5, -0.5]
     """
+
+    if not callable(learning_rate):
+        checks.number("learning_rate", learning_rate, "[0, inf)", traced=True)
+    _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side)
+    if rest is not None:
+        checks.transformation("rest", rest)
 
     def parts(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
@@ -245,6 +243,19 @@ def soap(
     return optax.GradientTransformationExtraArgs(
         lambda params: parts(params).init(params), update_fn
     )
+
+
+def _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side):
+    checks.number("b1", b1, "[0, 1)", traced=True)
+    checks.number("b2", b2, "[0, 1)", traced=True)
+    checks.number("factor_decay", factor_decay, "[0, 1)", traced=True)
+    checks.number("eps", eps, "[0, inf)", traced=True)
+    if isinstance(refresh_every, jax.Array):
+        checks.number("refresh_every", refresh_every, "[1, inf)", traced=True)
+    else:
+        checks.integer("refresh_every", refresh_every, 1)
+    if max_side is not None:
+        checks.integer("max_side", max_side, 1)
 
 
 def _advance(layout, arrays, factors, bases, due, numbers):

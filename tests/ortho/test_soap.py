@@ -338,18 +338,26 @@ def test_kernels_without_a_direction():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"b1": 1.0}, "b1=1.0 must be at least 0 and less than 1"),
+        ({"b1": 1.0}, r"b1=1.0 must be a number in \[0, 1\)"),
         ({"b2": -0.1}, "b2=-0.1"),
         ({"factor_decay": 2}, "factor_decay=2"),
         ({"eps": float("nan")}, "eps=nan"),
-        ({"refresh_every": 0}, "refresh_every=0 must be at least 1"),
+        ({"refresh_every": 0}, "refresh_every=0 must be an integer of at least 1"),
+        ({"refresh_every": 2.5}, "refresh_every=2.5"),
         ({"max_side": 0}, "max_side=0"),
     ],
 )
 def test_impossible_arguments(arguments, message):
     for make in (scale_by_soap, functools.partial(soap, 0.1)):
         with pytest.raises(ConfigError, match=message):
-            make(**arguments).init(PARAMS)
+            make(**arguments)
+
+
+def test_impossible_rates_and_rests():
+    with pytest.raises(ConfigError, match="learning_rate=-1 must be"):
+        soap(-1)
+    with pytest.raises(ConfigError, match="rest=.* must be an optax transformation"):
+        soap(0.1, rest=optax.sgd)
 
 
 @pytest.mark.parametrize("tx", [scale_by_soap(), own()])
