@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import orthojax
+from orthojax.initializers import carrying
 from orthojax.models import BatchNorm, OrthogonalConv, PlainNet
 from orthojax.ortho import VARIANTS
 
@@ -22,6 +23,7 @@ TRANSFORMATIONS = {
     "scheduled": lambda: orthojax.optax_ortho(optax.linear_schedule(0.1, 0.0, 10)),
     "decoupled": lambda: orthojax.decoupled_ortho(np.float64(0.1)),
     "matrix Adam": orthojax.scale_by_matrix_adam,
+    "SOAP": orthojax.scale_by_soap,
     "modulation": lambda: orthojax.modulation(optax.sgd(0.1, momentum=0.9)),
     "constant": lambda: orthojax.modulation(
         optax.sgd(0.1), reference=1.0, steps=np.int64(5), tolerance=np.float64(2)
@@ -76,6 +78,7 @@ def test_layers_and_initializers(dtype):
         assert jax.tree.map(jnp.shape, gradient(variables["params"]))
     for make in (orthojax.orthonormal, orthojax.delta_orthonormal):
         assert make(gain=np.float64(2))(KEY, (3, 3, 4, 6), dtype).dtype == dtype
+    assert carrying(np.float64(0.5))(KEY, (3, 3, 4, 4), dtype).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -86,6 +89,8 @@ def test_layers_and_initializers(dtype):
         {"norm": "none", "activation": "tailored_relu", "scan": False},
         {"activation": "shifted_relu", "parametrization": "dirac", "remat": "blocks"},
         {"activation": "crelu", "kernel_init": "he"},
+        {"activation": "prelu", "kernel_init": "carrying", "carry": 0.5},
+        {"parametrization": "repvgg", "kernel_init": "he"},
     ],
 )
 def test_a_net(options):

@@ -11,7 +11,7 @@ import optax
 from optax._src.base import NO_PARAMS_MSG
 
 from orthojax import checks
-from orthojax.matrices import from_blocks, orthonormal_factor, to_blocks
+from orthojax.matrices import accumulation_dtype, from_blocks, orthonormal_factor, to_blocks
 from orthojax.ortho.kernels import Kernel, penalized_or_refuse, with_auto_axes
 from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.resolution import check_mask_and_view
@@ -21,7 +21,7 @@ Bases = tuple[jax.Array | None, ...]
 Number = float | jax.Array
 
 LONGEST_SIDE = 1024
-LONGEST_RUN = 2**31 - 1  # in updates, which are counted in int32
+LARGEST_COUNT = 2**31 - 1  # updates are counted in int32
 
 
 class SoapState(NamedTuple):
@@ -99,7 +99,8 @@ def scale_by_soap(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: An impossible number; otherwise as `optax_ortho`.
+      ConfigError: A decay outside [0, 1); a negative `eps`; `refresh_every` or `max_side` that is
+        no integer of at least 1; otherwise as `optax_ortho`.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -114,15 +115,9 @@ def scale_by_soap(
       <https://arxiv.org/abs/2409.11321>`_; Gupta et al. 2018, arXiv:1802.09568 (a factor for each
       side of a tensor).
     """
-    for name, decay in (("b1", b1), ("b2", b2), ("factor_decay", factor_decay)):
-        checks.number(name, decay, "[0, 1)", traced=True)
-    checks.number("eps", eps, "[0, inf)", traced=True)
-    if isinstance(refresh_every, jax.Array):  # of `inject_hyperparams`, floating
-        checks.number("refresh_every", refresh_every, f"[1, {LONGEST_RUN}]", traced=True)
-    else:
-        checks.integer("refresh_every", refresh_every, 1, LONGEST_RUN)
-    longest = checks.integer("max_side", LONGEST_SIDE if max_side is None else max_side, 1)
+    _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side)
     check_mask_and_view(mask, view)
+    longest = LONGEST_SIDE if max_side is None else max_side
 
     def read(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
@@ -132,7 +127,9 @@ def scale_by_soap(
         sides = read(params)
         zeros = {
             path: tuple(
-                jnp.zeros((sides[path].blocks, n, n), _wide(leaf)) if rotated else None
+                jnp.zeros((sides[path].blocks, n, n), accumulation_dtype(leaf.dtype))
+                if rotated
+                else None
                 for n, rotated in zip(sides[path].sizes, sides[path].rotated, strict=True)
             )
             for path, leaf in leaves_with_paths(params)
@@ -143,9 +140,12 @@ def scale_by_soap(
             # for all matrices.
             zeros = jnp.zeros([1, 1, 1])
         mu, nu = (
-            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _wide(leaf)), params) for _ in range(2)
+            jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, accumulation_dtype(leaf.dtype)), params)
+            for _ in range(2)
         )
-        eyes = jax.tree.map(lambda leaf: leaf + jnp.eye(leaf.shape[-1], dtype=leaf.dtype), zeros)
+        eyes = jax.tree.map(
+            lambda leaf: leaf + jnp.eye(leaf.shape[-1], dtype=leaf.dtype)[None], zeros
+        )
         return SoapState(jnp.zeros([], jnp.int32), mu, nu, zeros, eyes)
 
     def update_fn(updates, state, params=None):
@@ -206,8 +206,8 @@ def soap(
       others go around it; inside `stiefel` the moments are those of the Riemannian gradient.
 
     Raises:
-      ConfigError: `learning_rate` is neither a number nor a function, `rest` is no transformation;
-        otherwise as `scale_by_soap`.
+      ConfigError: A negative `learning_rate`; a `rest` that is no optax transformation; otherwise
+        as `scale_by_soap`.
 
     Example:
       >>> params = {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}
@@ -219,25 +219,25 @@ def soap(
 
     if not callable(learning_rate):
         checks.number("learning_rate", learning_rate, "[0, inf)", traced=True)
+    _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side)
+    check_mask_and_view(mask, view)
     if rest is not None:
         checks.transformation("rest", rest)
-    check_mask_and_view(mask, view)
-    scaling = functools.partial(
-        scale_by_soap,
-        b1,
-        b2,
-        factor_decay=factor_decay,
-        eps=eps,
-        refresh_every=refresh_every,
-        max_side=max_side,
-    )
-    scaling()  # fails where a number is impossible
 
     def parts(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
         axes = {path: None for path, _ in leaves_with_paths(params)}
         axes |= {kernel.path: kernel.axes for _, kernel in kernels}
-        of_kernels = optax.chain(scaling(view=axes), optax.scale_by_learning_rate(learning_rate))
+        scale = scale_by_soap(
+            b1,
+            b2,
+            factor_decay=factor_decay,
+            eps=eps,
+            refresh_every=refresh_every,
+            max_side=max_side,
+            view=axes,
+        )
+        of_kernels = optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
         of_rest = optax.adam(learning_rate) if rest is None else rest
         labels = jax.tree_util.tree_map_with_path(
             lambda keys, _: "rest" if axes[path_name(keys)] is None else "kernels", params
@@ -252,6 +252,19 @@ def soap(
     return optax.GradientTransformationExtraArgs(
         lambda params: parts(params).init(params), update_fn
     )
+
+
+def _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side):
+    checks.number("b1", b1, "[0, 1)", traced=True)
+    checks.number("b2", b2, "[0, 1)", traced=True)
+    checks.number("factor_decay", factor_decay, "[0, 1)", traced=True)
+    checks.number("eps", eps, "[0, inf)", traced=True)
+    if isinstance(refresh_every, jax.Array):
+        checks.number("refresh_every", refresh_every, f"[1, {LARGEST_COUNT}]", traced=True)
+    else:
+        checks.integer("refresh_every", refresh_every, 1, LARGEST_COUNT)
+    if max_side is not None:
+        checks.integer("max_side", max_side, 1)
 
 
 def _advance(layout, arrays, factors, bases, due, numbers):
@@ -425,7 +438,3 @@ def _iterate(factor, basis):
     moved = jnp.matmul(factor, basis, precision=jax.lax.Precision.HIGHEST)
     order = jnp.argsort(-jnp.sum(basis * moved, axis=1), axis=1)
     return orthonormal_factor(jnp.take_along_axis(moved, order[:, None], axis=2))
-
-
-def _wide(leaf):
-    return jnp.promote_types(leaf.dtype, jnp.float32)

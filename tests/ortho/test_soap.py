@@ -343,6 +343,7 @@ def test_kernels_without_a_direction():
         ({"factor_decay": 2}, "factor_decay=2"),
         ({"eps": float("nan")}, "eps=nan"),
         ({"refresh_every": 0}, "refresh_every=0 must be an integer of at least 1"),
+        ({"refresh_every": 2.5}, "refresh_every=2.5"),
         ({"max_side": 0}, "max_side=0"),
     ],
 )
@@ -350,6 +351,13 @@ def test_impossible_arguments(arguments, message):
     for make in (scale_by_soap, functools.partial(soap, 0.1)):
         with pytest.raises(ConfigError, match=message):
             make(**arguments)
+
+
+def test_impossible_rates_and_rests():
+    with pytest.raises(ConfigError, match="learning_rate=-1 must be"):
+        soap(-1)
+    with pytest.raises(ConfigError, match="rest=.* must be an optax transformation"):
+        soap(0.1, rest=optax.sgd)
 
 
 @pytest.mark.parametrize("tx", [scale_by_soap(), own()])
