@@ -27,7 +27,7 @@ def bind(function: Callable, section: Mapping, path: str, **supplied: Any) -> An
 
     Raises:
       ConfigError: a key is unknown or is supplied by the program, a required one is missing, or a
-        value is of the wrong kind or not finite.
+        value is of the wrong kind, not finite or refused by the function; the message names `path`.
 
     Example:
       >>> def momentum(learning_rate, decay=0.9, *, steps):
@@ -53,7 +53,12 @@ def bind(function: Callable, section: Mapping, path: str, **supplied: Any) -> An
     ]
     if missing:
         raise ConfigError(f"missing from the config: {', '.join(missing)}")
-    return function(**{key: section[key] for key in section}, **supplied)
+    try:
+        return function(**{key: section[key] for key in section}, **supplied)
+    except ConfigError as error:
+        if not path or f"`{path}" in str(error) or prefix in str(error):
+            raise
+        raise ConfigError(f"`{path}`: {error}") from error
 
 
 def differences(old: Mapping, new: Mapping) -> list[str]:

@@ -46,8 +46,6 @@ def make_net(section: Any, *, modulated: bool, dtype: Any, num_classes: int) -> 
     net = explained(
         "model", lambda: bind(net_class, arguments, "model", modulated=modulated, **supplied)
     )
-    if net.width < 1:
-        raise ConfigError(f"`model.width` is {net.width}; it must be at least 1")
     if abs(net.bn_bias) > LARGEST_BIAS:
         raise ConfigError(
             f"`model.bn_bias` is {net.bn_bias}; beyond ±{LARGEST_BIAS} what it is added to is lost"
