@@ -19,7 +19,8 @@ class UserError(Exception):
     """Bad input: a key, a name, a path or a number that cannot be used as given.
 
     Entry points under `launch/` print the message alone, without a traceback, and exit with
-    status 2. Everything else that goes wrong keeps its traceback.
+    status 2, and so they do with what the storage refuses for good (`is_permanent`). Everything
+    else that goes wrong keeps its traceback.
     """
 
 

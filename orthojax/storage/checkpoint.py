@@ -17,6 +17,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as policies
 
+from orthojax.console import printable
 from orthojax.errors import WorkdirError
 from orthojax.storage.checksums import find_damage, write_checksums
 from orthojax.storage.paths import is_remote, name_fault, set_aside, to_path
@@ -262,8 +263,10 @@ class Checkpointer:
     def _warn_and_set_aside(self, step: int, reason: str, restored_step: int) -> None:
         aside = set_aside(self._directory / str(step))
         warnings.warn(
-            f"the checkpoint of step {step} is unreadable ({reason}); it is kept as {aside}, "
-            f"and training goes on from step {restored_step}",
+            printable(
+                f"the checkpoint of step {step} is unreadable ({reason}); it is kept as {aside}, "
+                f"and training goes on from step {restored_step}"
+            ),
             stacklevel=4,
         )
 
@@ -280,8 +283,9 @@ def _forget_devices(file: pathlib.Path) -> None:
         "partition_spec": [],
         "device_mesh": {"mesh": [{"id": 0}]},
     }
-    names = json.loads(file.read_bytes())
-    file.write_text(json.dumps(dict.fromkeys(names, json.dumps(whole))), encoding="utf-8")
+    if file.exists():  # as there are arrays of JAX
+        names = json.loads(file.read_bytes())
+        file.write_text(json.dumps(dict.fromkeys(names, json.dumps(whole))), encoding="utf-8")
 
 
 @contextlib.contextmanager
