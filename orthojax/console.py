@@ -22,7 +22,7 @@ def tell(text: str, stream: TextIO | None = None, end: str = "\n") -> None:
     """
     stream = sys.stderr if stream is None else stream  # itself None where it was closed at start
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        encoding = stream.encoding or "utf-8"  # a `StringIO` has none
+        encoding = getattr(stream, "encoding", None) or "utf-8"  # a `StringIO` has none
         told = printable(text, but="\n\t") + end
         stream.write(told.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import sys
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
@@ -190,6 +191,12 @@ def test_a_stream_gets_every_line_whatever_its_encoding(encoding, written):
     stream = io.TextIOWrapper(file, encoding)
     tell("été 漢字 \udcff", stream)  # the last is a byte of a file's name that is no UTF-8
     assert file.getvalue().decode(encoding) == f"{written}\n"
+
+
+def test_a_stream_need_not_have_an_encoding():
+    lines = []
+    tell("été", mock.Mock(spec=["write", "flush"], write=lines.append))
+    assert lines == ["été\n"]
 
 
 @pytest.mark.parametrize("losses", [[2.3, 0.5, 0.01], [2.3, 2.2, 2.1], [math.nan] * 3])
