@@ -6,6 +6,7 @@ those that are traced have a shape and a dtype, but no value that could be looke
 
 import math
 import numbers
+import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -166,6 +167,12 @@ def tall(name: str, value: Any) -> jax.Array:
     if found.shape[-1] > found.shape[-2]:
         raise refuse(name, value, "of at least as many rows as columns, (..., rows, columns)")
     return found
+
+
+def path(name: str, value: Any) -> None:
+    """A path of a file system or an object store."""
+    if not isinstance(value, str | os.PathLike) or not str(value):
+        raise refuse(name, value, "a path, such as 'runs/first'")
 
 
 def fits(name: str, value: Any, dtype: Any) -> None:
