@@ -58,8 +58,9 @@ def _download_and_prepare(name, builder, manual_dir):
         ) from error
     except AssertionError as error:  # TFDS's way of saying which archive it wants, and where
         raise DatasetError(f"cannot prepare {name!r}: {error}") from error
-    except (OSError, tfds.download.DownloadError) as error:
+    except Exception as error:  # of the network, the archives, the disk, and the builder's own
         raise DatasetError(
-            f"cannot prepare {name!r} in {builder.data_path}: {error}; check the network, the "
-            "disk, and whether the archives' host is up, and run the command again"
+            f"cannot prepare {name!r} in {builder.data_path}: {type(error).__name__}: {error}; "
+            "check the network, the disk, and whether the archives' host is up, and run the "
+            "command again"
         ) from error

@@ -388,11 +388,9 @@ def _checked_split(source: Source, split: str) -> Any:
 @contextlib.contextmanager
 def reading(source: Source) -> Iterator[None]:
     """Raises `DatasetError` for what reading a TFDS data source raises where it is damaged."""
-    from google.protobuf.message import DecodeError
-
     try:
         yield
-    except (RuntimeError, DecodeError) as error:  # no such file, too short, wrong hash; no example
+    except Exception as error:  # no such file, too short, wrong hash; no example of this set
         raise DatasetError(
             f"the records in {source.directory} are damaged or incomplete ({error}); remove that "
             "directory and prepare the set again"

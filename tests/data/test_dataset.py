@@ -441,6 +441,7 @@ def test_prepare_runs_the_builder_once(tmp_path, monkeypatch):
         (AssertionError("put x.tar there"), "cannot prepare 'orthojax_colors': put x.tar there"),
         (OSError("no route to host"), "no route to host; check the network"),
         (tfds.download.DownloadError("HTTP code: 404"), "HTTP code: 404; check the network"),
+        (RuntimeError("disk is full"), "RuntimeError: disk is full; check the network, the disk"),
         (ModuleNotFoundError("No module named 'scipy'"), "package that is missing: .*'scipy'"),
     ],
 )
