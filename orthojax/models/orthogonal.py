@@ -107,7 +107,7 @@ class OrthogonalConv(nn.Module):
         )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-            y += bias.astype(dtype)
+            y += bias.astype(dtype).reshape((1,) * (y.ndim - 1) + (-1,))
         return y
 
 

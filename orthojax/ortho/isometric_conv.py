@@ -53,7 +53,7 @@ def cayley(matrices: jax.Array) -> jax.Array:
     matrices = checks.tall("matrices", matrices)
     columns = matrices.shape[-1]
     upper, lower = matrices[..., :columns, :], matrices[..., columns:, :]
-    eye = jnp.eye(columns, dtype=matrices.dtype)
+    eye = jnp.broadcast_to(jnp.eye(columns, dtype=matrices.dtype), upper.shape)
     skew = upper - jnp.swapaxes(upper, -1, -2) + _matmul(jnp.swapaxes(lower, -1, -2), lower)
     numerator = jnp.concatenate([eye - skew, -2 * lower], axis=-2)
     # X (I + A) = N, as the equation of the transposes.
