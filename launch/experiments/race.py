@@ -4,7 +4,7 @@ import statistics
 
 from experiments.arms import LADDER, MODULATED, cifar10, clip, folder
 from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.analysis.picture import clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.sweep import climb, over_seeds, run_at, run_name
 
@@ -181,11 +181,11 @@ def _draw(depth, length, found, curves):
     """Accuracy against steps, and against the CPU time that they take."""
     picture = new_picture(9.0, 4.2)
     by_step, by_time = picture.subplots(1, 2, sharey=True)
-    for index, (arm, records) in enumerate(found.items()):
+    for arm, records in found.items():
         seconds = [r["cpu_seconds"] for r in records if r["cpu_seconds"]]
         a_step = statistics.median(seconds) / records[0]["steps"] if seconds else None
         style = {
-            "color": COLORS[index // 2 % len(COLORS)],
+            "color": f"C{list(NETS).index(arm.rsplit(', ', 1)[0])}",
             "linestyle": "-" if arm.endswith("SOAP") else "--",
             "linewidth": 1.2,
         }
