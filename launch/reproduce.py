@@ -122,8 +122,8 @@ def select(jobs, pattern):
 
 
 def title(arm):
-    """Of an arm: keys of jobs are strings, or tuples of what tells one from another."""
-    return arm if isinstance(arm, str) else ", ".join(map(str, arm))
+    """Of an arm: the key of a job, or what is in it where that is a tuple."""
+    return ", ".join(map(str, arm)) if isinstance(arm, tuple) else str(arm)
 
 
 def tell_plan(name, arms):

@@ -25,6 +25,7 @@ from orthojax.training.train import train_and_evaluate
 from tests.training.tiny import tiny_config
 
 CLASSES = ("ant", "bee", "cow")
+OWN = f"{__name__}:ColorNet"  # the net of these runs
 OPTIONS = dict(resize=20, crop=16, workers=0)
 
 
@@ -236,7 +237,7 @@ class ColorNet(nn.Module):
 
 def folder_config(root):
     config = tiny_config(60, batch_size=8)
-    config.model = ConfigDict({"name": f"{__name__}:ColorNet"})
+    config.model = ConfigDict({"name": OWN})
     config.optimizer.learning_rate = 0.05
     with config.unlocked(), config.ignore_type():
         config.dataset = {"name": "folder", "data_dir": str(root), **OPTIONS, "color_std": 0.0}
@@ -252,7 +253,7 @@ def trained(root, tmp_path_factory):
 def test_a_net_learns_the_pictures_and_knows_their_classes(root, trained):
     workdir, summary = trained
     assert summary["test_accuracy"] > 0.9
-    net = orthojax.load(workdir)
+    net = orthojax.load(workdir, own_net=OWN)
     names = [root / "test" / name / "00.jpg" for name in CLASSES]
     found = net.predict(names).argmax(axis=1)
     assert [net.class_names[k] for k in found] == list(CLASSES)
@@ -264,7 +265,7 @@ def test_bytes_of_a_picture_decide_and_not_its_name(root, trained, tmp_path):
     file = io.BytesIO()
     PIL.Image.open(root / "test" / "ant" / "00.jpg").save(file, "PNG")
     (tmp_path / "picture.jpg").write_bytes(file.getvalue())
-    net = orthojax.load(trained[0])
+    net = orthojax.load(trained[0], own_net=OWN)
     expected = net.predict(root / "test" / "ant" / "00.jpg")
     np.testing.assert_allclose(net.predict(tmp_path / "picture.jpg"), expected, atol=1e-5)
 
@@ -298,7 +299,7 @@ def test_a_run_on_other_classes_is_refused_before_anything_is_written(
 
 
 def test_labels_are_compared_by_name(copy, trained):
-    net = orthojax.load(trained[0])
+    net = orthojax.load(trained[0], own_net=OWN)
     for split in ("train", "test"):
         shutil.rmtree(copy / split / "ant")
     fewer = data.load("folder", str(copy), **OPTIONS)
