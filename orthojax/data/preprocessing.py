@@ -1,6 +1,8 @@
 """From any picture to what a net was trained on; kept beside a run, so no data set is needed."""
 
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,6 +19,7 @@ from orthojax.errors import ConfigError, DatasetError
 FILE = "preprocessing.json"  # in a working directory
 
 LARGEST_SHOWN = 10  # class names in a message
+CHECKSUM = "checksum"  # key of the SHA-256 of all but the names, which may be changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,12 +162,13 @@ class Preprocessing:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """As values of JSON's types, exact to the last bit."""
+        """As values of JSON's types, exact to the last bit, and a checksum of all but the names."""
         values = dataclasses.asdict(self)
         for name in ("mean", "std"):
             if values[name] is not None:
                 values[name] = np.asarray(values[name], np.float64).tolist()
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        return values | {CHECKSUM: _checksum(values)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Preprocessing":
@@ -172,6 +176,7 @@ class Preprocessing:
 
         Raises:
           DatasetError: a key is missing, or holds what no preprocessing has; the message names it.
+            Or a number is another than `to_json` wrote. (Without a checksum it is not known.)
 
         Example:
           >>> given = Preprocessing((1, 1, 1), ("a", "b"), np.zeros((1, 1, 1)), np.ones((1, 1, 1)))
@@ -182,9 +187,12 @@ class Preprocessing:
         if not isinstance(values, Mapping) or not set(keys) <= set(values):
             raise DatasetError(f"it must be a section with the keys {', '.join(keys)}")
         try:
-            return cls(**{key: _of_json(values[key]) for key in keys})
+            found = cls(**{key: _of_json(values[key]) for key in keys})
         except ConfigError as error:
             raise DatasetError(str(error)) from error
+        if values.get(CHECKSUM) not in (None, _checksum(values)):
+            raise DatasetError("it is damaged: its numbers are not those that were written")
+        return found
 
     def _picture(self, encoded: bytes) -> np.ndarray:
         from orthojax.data import jpeg
@@ -204,6 +212,11 @@ class Preprocessing:
         margin = (self.resize - self.image_shape[0]) // 2
         jpeg.crop_into(out, encoded, self.resize, margin, margin)
         return out
+
+
+def _checksum(values: Mapping[str, Any]) -> str:
+    covered = {k: v for k, v in values.items() if k not in (CHECKSUM, "class_names")}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def _of_json(value: Any) -> Any:

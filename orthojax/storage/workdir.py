@@ -42,7 +42,7 @@ _PACKAGES = (
     *("orbax-checkpoint", "tensorflow-datasets", "numpy"),
 )
 CONFIG = "config.json"
-_SEALED = (CONFIG, "preprocessing.json", "summary.json")  # what `checksums.json` of a run covers
+_SEALED = (CONFIG, "summary.json")  # what `checksums.json` of a run covers
 # Beginnings of the keys that training does not depend on: where it takes place, what it reads and
 # how fast, how it is evaluated, and what is written meanwhile.
 _WITHOUT_EFFECT = (
@@ -220,11 +220,11 @@ def seal(workdir: str | os.PathLike, *written: str) -> None:
 
 
 def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
-    """Reads a file of a run whose checksum is right; the run may be training.
+    """Reads a file of a run, whose checksum is right if it has one; the run may be training.
 
     Args:
       workdir: of the run.
-      name: `config.json`, `preprocessing.json` or `summary.json`.
+      name: `config.json` or `summary.json`; or another section of keys and values.
 
     Raises:
       WorkdirError: there is no run, or the file is missing or damaged.
@@ -234,7 +234,8 @@ def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
         try:
             value = json.loads(inside(workdir, name).read_bytes())
             # A run from before there were any is read as it is.
-            damage = find_damage(workdir, name) if (workdir / CHECKSUMS).exists() else None
+            sealed = name in _SEALED and (workdir / CHECKSUMS).exists()
+            damage = find_damage(workdir, name) if sealed else None
             if damage is None and not isinstance(value, dict):
                 damage = f"{name} is damaged: it is no section of keys and values"
         except (OSError, ValueError, RecursionError, WorkdirError) as error:

@@ -120,7 +120,7 @@ def _read_source(settings: Settings) -> Trained:
 def _claim(workdir: Any, config: Mapping, dataset: data.Dataset) -> None:
     claim(workdir, config, lambda: _check_same_data(workdir, dataset))
     write_json_atomic(workdir / preprocessing.FILE, dataset.preprocessing.to_json())
-    seal(workdir, CONFIG, preprocessing.FILE)
+    seal(workdir, CONFIG)
 
 
 def _check_same_data(workdir: Any, dataset: data.Dataset) -> None:

@@ -309,6 +309,17 @@ def test_what_is_no_preprocessing_is_named(digits, key, value):
         Preprocessing.from_json([values])
 
 
+def test_names_may_be_changed_and_numbers_may_not(digits):
+    values = json.loads(json.dumps(digits.preprocessing.to_json()))
+    names = [f"digit {name}" for name in values["class_names"]]
+    assert Preprocessing.from_json({**values, "class_names": names}).class_names == tuple(names)
+    values["mean"][3][3][0] += 1e-3
+    with pytest.raises(DatasetError, match="numbers are not those that were written"):
+        Preprocessing.from_json(values)
+    del values["checksum"]  # as in a run from before it was kept
+    assert Preprocessing.from_json(values).mean[3, 3, 0] == np.float32(values["mean"][3][3][0])
+
+
 def test_names_of_classes_are_drawn_and_not_obeyed(digits, classifier):
     names = ("$\\frac", "a\x1b[2J", "b\nc", *"3456789")
     renamed = dataclasses.replace(
