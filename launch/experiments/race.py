@@ -37,7 +37,10 @@ STARTS = {
 }
 OPTIMIZERS = ("SGD", "SOAP")
 # Length -> (width, steps, steps of the searches for rates, each from the best of the one before).
-LENGTHS = {"short": (8, 2_000, (2_000,)), "long": (16, 8_000, (500, 2_000))}
+LENGTHS = {
+    "cpu": {"short": (8, 2_000, (2_000,)), "long": (16, 8_000, (500, 2_000))},
+    "full": {"short": (16, 12_000, (4_000,)), "long": (16, 64_000, (4_000, 12_000))},
+}
 LONG = ("plain, carrying, PReLU", "plain, near-isometric", "RepVGG", "residual, last scale 0")
 DEPTHS = (44, 110)
 
@@ -46,7 +49,7 @@ def jobs(options):
     """`layers, length, net, optimizer` -> job; of the long runs of 110 layers one seed."""
     return {
         f"{depth}, {length}, {net}, {optimizer}": _job(options, depth, length, net, optimizer)
-        for length in LENGTHS
+        for length in LENGTHS[options.preset]
         for depth in DEPTHS
         for net in (NETS if length == "short" else LONG)
         for optimizer in OPTIMIZERS
@@ -57,7 +60,7 @@ def _job(options, depth, length, net, optimizer):
     """Searches the rate of all or of the kernels, then that of the rest; then trains every seed."""
     all_or_kernels, rates = (0, 1)[optimizer == "SOAP"], STARTS[net]
     rate, rest = rates[all_or_kernels], rates[2] if optimizer == "SOAP" else None
-    _, steps, searches = LENGTHS[length]
+    _, steps, searches = LENGTHS[options.preset][length]
 
     def run(steps, rate, rest):
         made = config(options, depth, length, net, rate, rest)
@@ -83,9 +86,9 @@ def directory(options, depth, length, net, optimizer, rest):
 
 def config(options, depth, length, net, rate, rest=None):
     """The config of a net at a rate: of all by SGD, or of the kernels by SOAP beside `rest`."""
-    made = cifar10(depth, "isometric", "cpu", options.data_dir)
+    made = cifar10(depth, "isometric", options.preset, options.data_dir)
     clip(made)
-    made.model.width, made.steps, _ = LENGTHS[length]
+    made.model.width, made.steps, _ = LENGTHS[options.preset][length]
     made.schedule = {"name": "cosine", "warmup_steps": 100}
     made.log_every, made.eval_every, made.checkpoint_every = 50, 500, 250
     with made.unlocked(), made.ignore_type():
@@ -107,14 +110,14 @@ def report(options, results):
     """Accuracy on test and training images, what a run costs, and accuracy against CPU time."""
     rows, pictures, drawn = [], {}, []
     for depth in DEPTHS:
-        for length in LENGTHS:
+        for length in LENGTHS[options.preset]:
             found = {
                 name.split(", ", 2)[2]: records
                 for name, records in results.items()
                 if name.startswith(f"{depth}, {length}, ")
             }
             ordered = sorted(found.items(), key=lambda item: -_mean(item[1], "test_accuracy"))
-            rows += [_row(depth, length, arm, records) for arm, records in ordered]
+            rows += [_row(depth, arm, records) for arm, records in ordered]
             if found:
                 curves = _curves(options, depth, length, found)
                 drawn += [curve for arm in curves.values() for curve in arm]
@@ -125,16 +128,23 @@ def report(options, results):
         options,
         TITLE,
         table(headings, rows),
-        "CIFAR-10 at 16×16, batches of 128, horizontal flips only; rate down to 0 along a cosine "
-        "after 100 steps of warm-up, gradients clipped to a norm of 1, no regularizer; BN "
-        "statistics of one pass over 1,280 training images. Runs of 2,000 steps have width 8, runs "
-        "of 8,000 width 16. SOAP trains the kernels, SGD with momentum the rest: two rates. Each "
-        "arm has the rates with the smallest training loss of the first seed, from a ladder of two "
-        "or three to a factor of ten: at the length of the short runs; of the long ones the best "
-        "after 500 steps and then the best near it after 2,000. On training images: the mean of "
+        f"CIFAR-10 at {'16×16' if options.preset == 'cpu' else '32×32'}, batches of 128, "
+        "horizontal flips only; rate down to 0 along a cosine after a warm-up of 100, gradients "
+        "clipped to a norm of 1, no regularizer; BN statistics of one pass over 1,280 training "
+        f"images. {_of_lengths(options)} SOAP trains the kernels, SGD with momentum the rest: two "
+        "rates. Each arm has the rates with the smallest training loss of the first seed, from a "
+        "ladder of two or three to a factor of ten, kernels first. On training images: the mean of "
         "the last tenth of the steps.",
         pictures=pictures,
         curves=drawn,
+    )
+
+
+def _of_lengths(options):
+    return " ".join(
+        f"Runs of {steps:,} steps have width {width}, and rates searched for in "
+        f"{' and then '.join(f'{search:,}' for search in searches)}."
+        for width, steps, searches in LENGTHS[options.preset].values()
     )
 
 
@@ -142,7 +152,7 @@ def _mean(records, key):
     return statistics.fmean(record[key] for record in records)
 
 
-def _row(depth, length, arm, records):
+def _row(depth, arm, records):
     net, optimizer = arm.rsplit(", ", 1)
     seconds = [r["cpu_seconds"] for r in records if r["cpu_seconds"]]
     rates = [f"{records[0]['learning_rate']:g}"]
@@ -150,7 +160,7 @@ def _row(depth, length, arm, records):
         rates.append(f"{records[0]['rest_rate']:g}")
     return [
         depth,
-        f"{LENGTHS[length][1]:,}",
+        f"{records[0]['steps']:,}",
         f"{net}, {optimizer}",
         " / ".join(rates),
         accuracy(records),

@@ -29,6 +29,7 @@ from experiments import (
     long_run,
     mnist,
     modulation,
+    race,
     rivals,
     table2,
 )
@@ -46,7 +47,7 @@ from reproduce import Options
 PRESETS = ("cpu", "full")
 CONFIGURED = (
     *(table2, figure5, gap, ablation, depth, rivals, constraint, hard_cases, long_run, modulation),
-    *(good_init, mnist),
+    *(good_init, mnist, race),
 )
 
 
@@ -269,6 +270,52 @@ def test_a_long_run_is_drawn_and_its_last_steps_averaged(options):
     assert len(curves) == 2 * len(options.seeds) * len(long_run.METHODS)
     assert curves["ortho44/lr0.01-steps300-seed1", "test"] == ([800], [50.0])
     assert curves["ortho44/lr0.01-steps300-seed1", "train"][1][:3] == [5.0, 10.0, 15.0]
+
+
+def test_the_race_has_two_rates_for_soap_and_is_drawn_against_cpu_time(options):
+    nets, results = ("plain, carrying, PReLU", "residual, last scale 0"), {}
+    for net, (optimizer, rest) in itertools.product(nets, (("SGD", None), ("SOAP", 0.1))):
+        records = [
+            record(seed) | {"cpu_seconds": 6.0, "train_accuracy": 0.625} for seed in options.seeds
+        ]
+        for made in records:
+            if rest is not None:
+                made["rest_rate"] = rest
+            directory = race.directory(options, 44, "short", net, optimizer, rest)
+            with MetricWriter(_made(directory / f"lr0.01-steps300-seed{made['seed']}")) as writer:
+                writer.write(150, "test", accuracy=0.25)
+                writer.write(300, "test", accuracy=0.5)
+        results[f"44, short, {net}, {optimizer}"] = records
+    race.report(options, results)
+    text = (options.workdir / "report.md").read_text()
+    for net in nets:
+        assert f"| {net}, SGD | 0.01 | 50.00 ± 0.00 | 50.0, 50.0 | 62.5 | 6 | 2 |" in text
+        assert f"| {net}, SOAP | 0.01 / 0.1 | 50.00 ± 0.00 | 50.0, 50.0 | 62.5 | 6 | 2 |" in text
+    assert (options.workdir / "race_44_short.png").read_bytes().startswith(b"\x89PNG")
+    assert set(map(str, _curves(options.workdir).values())) == {"([150, 300], [25.0, 50.0])"}
+
+
+def test_soap_searches_the_kernels_rate_and_then_that_of_the_rest(options):
+    """Of losses with a minimum at 0.005 and 0.2, from 0.002 and 0.1; SGD has one rate."""
+    job = race.jobs(options)["44, short, plain, carrying, PReLU, SOAP"]
+    tried, run = [], next(job)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            optimizer = run.config.optimizer
+            rates = optimizer.learning_rate, optimizer.rest.learning_rate
+            tried.append((*rates, run.config.seed))
+            loss = abs(math.log(rates[0] / 0.005)) + abs(math.log(rates[1] / 0.2))
+            run = job.send({**record(run.config.seed), "train_loss": loss})
+    assert tried[-2:] == [(0.005, 0.2, 0), (0.005, 0.2, 1)]
+    assert {(kernels, rest) for kernels, rest, _ in tried[:4]} == {
+        *((kernels, 0.1) for kernels in (0.001, 0.002, 0.005, 0.01)),
+    }
+    assert len(end.value.value) == 2
+
+
+def _made(directory):
+    directory.mkdir(parents=True)
+    return directory
 
 
 def _curves(workdir):
