@@ -72,28 +72,6 @@ def finished(logged_run):
     return logged_run[:2]
 
 
-def test_a_resumed_run_says_that_its_convolutions_are_others(tmp_path, capsys, monkeypatch):
-    compile_steps = train.compile_steps
-    told = []
-    for steps, convolution in ((4, "native 0a1b"), (6, "native 0a1b"), (8, None), (8, "XLA")):
-        if convolution is None:  # a start that ended before it was compiled
-            claim(tmp_path / "run", config_of(steps))
-            continue
-        monkeypatch.setattr(
-            train,
-            "compile_steps",
-            lambda experiment, name=convolution: dataclasses.replace(
-                compile_steps(experiment), convolution=name
-            ),
-        )
-        train_and_evaluate(config_of(steps), tmp_path / "run")
-        told.append("convolution: 'native 0a1b' -> 'XLA'" in "".join(capsys.readouterr()))
-    assert told == [False, False, True]
-    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
-    found = [start.get("convolution") for start in starts]
-    assert found == ["native 0a1b", "native 0a1b", None, "XLA"]
-
-
 @pytest.fixture(scope="module")
 def programs():
     return train.compile_steps(build(config_of()))
@@ -150,6 +128,28 @@ def test_no_step_is_compiled_twice(logged_run, programs):
     batch = {"image": np.zeros((31, 8, 8, 1), np.uint8), "label": np.zeros(31, np.int32)}
     with pytest.raises(TypeError):
         programs.train_step(programs.init(), batch)
+
+
+def test_a_resumed_run_says_that_its_convolutions_are_others(tmp_path, capsys, monkeypatch):
+    compile_steps = train.compile_steps
+    told = []
+    for steps, convolution in ((4, "native 0a1b"), (6, "native 0a1b"), (8, None), (8, "XLA")):
+        if convolution is None:  # a start that ended before it was compiled
+            claim(tmp_path / "run", config_of(steps))
+            continue
+        monkeypatch.setattr(
+            train,
+            "compile_steps",
+            lambda experiment, name=convolution: dataclasses.replace(
+                compile_steps(experiment), convolution=name
+            ),
+        )
+        train_and_evaluate(config_of(steps), tmp_path / "run")
+        told.append("convolution: 'native 0a1b' -> 'XLA'" in "".join(capsys.readouterr()))
+    assert told == [False, False, True]
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())
+    found = [start.get("convolution") for start in starts]
+    assert found == ["native 0a1b", "native 0a1b", None, "XLA"]
 
 
 def test_every_step_measures_at_every_site(undisturbed):
