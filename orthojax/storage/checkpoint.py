@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from orthojax.console import printable
 from orthojax.errors import WorkdirError
-from orthojax.storage.checksums import find_damage, write_checksums
+from orthojax.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from orthojax.storage.paths import is_remote, name_fault, set_aside, to_path
 from orthojax.storage.saved import METRIC, layout_differences, saved_accuracy, saved_steps
 
@@ -302,6 +302,8 @@ def _storage_errors_named(directory: Any) -> Iterator[None]:
 
 
 def _listing_damage(checkpoint: pathlib.Path) -> str | None:
+    if not (checkpoint / CHECKSUMS).exists():
+        return None  # a removal that was interrupted: orbax ends it after the next save
     metadata = checkpoint / "_CHECKPOINT_METADATA"
     with contextlib.suppress(OSError, ValueError):  # which orbax does without
         if not isinstance(json.loads(metadata.read_bytes()), dict):

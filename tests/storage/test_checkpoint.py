@@ -341,6 +341,21 @@ def test_kill_during_saves_leaves_a_usable_checkpoint(tmp_path):
     assert interrupted, "no process was killed in the middle of a save: the test shows nothing"
 
 
+def test_a_removal_that_was_interrupted_is_ended(tmp_path):
+    state = {"kernel": jnp.eye(2)}
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state, {}, test_accuracy=0.1 * step, wait=True)
+    for name in ("checksums.json", "metrics/metrics"):
+        (tmp_path / "1" / name).unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Checkpointer(tmp_path, keep=2) as checkpointer:
+            assert checkpointer.restore_latest(abstract(state)).step == 2
+            checkpointer.save(3, state, {}, test_accuracy=0.3, wait=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
 @pytest.mark.parametrize(
     ("failure", "number"),
     [
