@@ -125,14 +125,14 @@ def test_what_is_out_of_range_is_named(rule, arguments, name):
 
 
 def test_a_critical_tanh_net_keeps_both_moments():
-    """100 random orthogonal layers of width 400, float64."""
+    """100 random orthogonal layers of width 200, float64."""
     gain, q = critical_tanh(1e-3)
     generator = np.random.default_rng(0)
-    x, layers = np.sqrt(q) * generator.normal(size=(50, 400)), []
+    x, layers = np.sqrt(q) * generator.normal(size=(50, 200)), []
     for _ in range(100):
-        weights = gain * np.linalg.qr(generator.normal(size=(400, 400)))[0]
+        weights = gain * np.linalg.qr(generator.normal(size=(200, 200)))[0]
         layers.append((x, weights))
-        x = np.tanh(x) @ weights + 1e-3**0.5 * generator.normal(size=400)
+        x = np.tanh(x) @ weights + 1e-3**0.5 * generator.normal(size=200)
     np.testing.assert_allclose(np.mean(x**2), q, rtol=0.15)
     error = start = generator.normal(size=x.shape)
     for x, weights in reversed(layers):
