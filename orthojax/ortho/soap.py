@@ -196,7 +196,7 @@ def soap(
 
     Args:
       learning_rate: Of the kernels, a number or a schedule. An entry of a kernel moves by about
-        this much in a step, as with Adam: 0.003 is a good start at 44 layers, 0.001 at 110.
+        this much in a step, as with Adam: 0.002 is a good start at 44 layers, 0.001 at 110.
       b1, b2, factor_decay, eps, refresh_every, max_side, mask, view: See `scale_by_soap`.
       rest: What trains everything else, with a learning rate of its own; None is Adam with the rate
         of the kernels.
@@ -219,25 +219,24 @@ def soap(
 
     if not callable(learning_rate):
         checks.number("learning_rate", learning_rate, "[0, inf)", traced=True)
-    _check_numbers(b1, b2, factor_decay, eps, refresh_every, max_side)
-    check_mask_and_view(mask, view)
     if rest is not None:
         checks.transformation("rest", rest)
+    scaling = functools.partial(
+        scale_by_soap,
+        b1,
+        b2,
+        factor_decay=factor_decay,
+        eps=eps,
+        refresh_every=refresh_every,
+        max_side=max_side,
+    )
+    scaling(mask=mask, view=view)  # which checks the arguments
 
     def parts(params):
         kernels = penalized_or_refuse(params, mask, view, "none")
         axes = {path: None for path, _ in leaves_with_paths(params)}
         axes |= {kernel.path: kernel.axes for _, kernel in kernels}
-        scale = scale_by_soap(
-            b1,
-            b2,
-            factor_decay=factor_decay,
-            eps=eps,
-            refresh_every=refresh_every,
-            max_side=max_side,
-            view=axes,
-        )
-        of_kernels = optax.chain(scale, optax.scale_by_learning_rate(learning_rate))
+        of_kernels = optax.chain(scaling(view=axes), optax.scale_by_learning_rate(learning_rate))
         of_rest = optax.adam(learning_rate) if rest is None else rest
         labels = jax.tree_util.tree_map_with_path(
             lambda keys, _: "rest" if axes[path_name(keys)] is None else "kernels", params
