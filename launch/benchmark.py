@@ -17,9 +17,9 @@ import pathlib
 import sys
 import time
 
-from environment import environment
+from orthojax.benchmarks.environment import environment
+from orthojax.commands.allocator import add_keep_memory, keep_freed_memory
 from orthojax.console import escape_what_cannot_be_encoded
-from orthojax.launch.allocator import add_keep_memory, keep_freed_memory
 from orthojax.storage.paths import local_path
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -61,7 +61,7 @@ def main() -> int:
     if arguments.rounds < 2:
         parser.error(f"--rounds={arguments.rounds} shows no spread; give 2 or more")
 
-    from orthojax.analysis.measurements import draw, read, regressions, save, table
+    from orthojax.benchmarks.measurements import draw, read, regressions, save, table
     from orthojax.errors import UserError
     from orthojax.storage.paths import output_directory, write_atomic
 
@@ -82,7 +82,7 @@ def main() -> int:
     for part in PARTS:
         if part in arguments.parts or "all" in arguments.parts:
             print(f"{part}:", file=sys.stderr)
-            measure = importlib.import_module(f"benchmarks.{part}").measure
+            measure = importlib.import_module(f"orthojax.benchmarks.{part}").measure
             found += measure(arguments.rounds, arguments.depth, **extras.get(part, {}))
     print(table(found))
     save(arguments.output / "measurements.json", found, **environment())

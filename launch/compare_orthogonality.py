@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 
-from environment import environment
+from orthojax.benchmarks.environment import environment
 from orthojax.console import escape_what_cannot_be_encoded
 from orthojax.errors import UserError
 from orthojax.storage.paths import local_path, output_directory, write_atomic

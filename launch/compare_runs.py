@@ -9,11 +9,11 @@ import argparse
 import statistics
 import sys
 
-from orthojax.analysis.curves import draw_comparison
-from orthojax.analysis.picture import check_picture
+from orthojax.commands.command_line import exit_status
 from orthojax.console import escape_what_cannot_be_encoded, printable, tell
 from orthojax.errors import UserError
-from orthojax.launch.command_line import exit_status
+from orthojax.pictures.curves import draw_comparison
+from orthojax.pictures.picture import check_picture
 from orthojax.storage.metrics import read_metrics
 from orthojax.storage.paths import to_path
 from orthojax.storage.workdir import read_run_file

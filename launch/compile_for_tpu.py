@@ -18,8 +18,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"  # before JAX is imported: it must not look 
 
 from absl import flags
 
-from orthojax.launch.command_line import run
-from orthojax.launch.config_flag import (
+from orthojax.commands.command_line import run
+from orthojax.commands.config_flag import (
     define_config,
     load_config,
     override_words,
@@ -40,7 +40,7 @@ def define_flags():
 def main():
     import jax
 
-    from orthojax.analysis.cost import table, tpu_devices
+    from orthojax.benchmarks.cost import table, tpu_devices
     from orthojax.config.sections import differences, to_json
 
     options = flags.FLAGS
@@ -79,7 +79,7 @@ def name(flag):
 
 
 def compile_step(flag, config, devices):
-    from orthojax.analysis.cost import measure
+    from orthojax.benchmarks.cost import measure
     from orthojax.training.compiled import lower_train_step
     from orthojax.training.experiment import build
 

@@ -7,16 +7,12 @@ and the runs may be training.
 """
 
 import argparse
-import os
 import sys
 
-import numpy as np
-
-from orthojax.analysis.filters import draw_filters
-from orthojax.analysis.picture import check_picture
+from orthojax.commands.command_line import exit_status
 from orthojax.errors import UserError
-from orthojax.inference import load
-from orthojax.launch.command_line import exit_status
+from orthojax.experiments.filters import draw_filters, first_kernel
+from orthojax.pictures.picture import check_picture
 from orthojax.storage.paths import to_path
 
 
@@ -43,16 +39,6 @@ def draw(options):
             raise UserError(f"{argument!r} is not TITLE=WORKDIR")
         kernels[title] = first_kernel(to_path(workdir), options.own_net)
     draw_filters(kernels, options.picture)
-
-
-def first_kernel(workdir: str | os.PathLike, own_net: str | None = None) -> np.ndarray:
-    """The stem's kernel, (H, W, C, M), of the newest checkpoint."""
-    try:
-        return np.asarray(
-            load(workdir, "latest", own_net).variables["params"]["stem"]["conv"]["kernel"]
-        )
-    except KeyError:
-        raise UserError(f"the net of {workdir} has no params/stem/conv/kernel to draw") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""`python -m orthojax.launch.evaluate`, from a checkout."""
+"""`orthojax evaluate`, from a checkout."""
 
-from orthojax.launch.command_line import run
-from orthojax.launch.evaluate import define_flags, main
+from orthojax.commands.evaluate import start
 
 if __name__ == "__main__":
-    run(define_flags, main)
+    start()

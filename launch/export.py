@@ -1,7 +1,6 @@
-"""`python -m orthojax.launch.export`, from a checkout."""
+"""`orthojax export`, from a checkout."""
 
-from orthojax.launch.command_line import run
-from orthojax.launch.export import define_flags, main
+from orthojax.commands.export import start
 
 if __name__ == "__main__":
-    run(define_flags, main, arguments="FILE")
+    start()

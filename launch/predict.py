@@ -1,7 +1,6 @@
-"""`python -m orthojax.launch.predict`, from a checkout."""
+"""`orthojax predict`, from a checkout."""
 
-from orthojax.launch.command_line import run
-from orthojax.launch.predict import define_flags, main
+from orthojax.commands.predict import start
 
 if __name__ == "__main__":
-    run(define_flags, main, arguments="IMAGE...")
+    start()

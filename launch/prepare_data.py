@@ -1,8 +1,8 @@
-"""`python -m orthojax.launch.prepare_data`, from a checkout."""
+"""`orthojax prepare`, from a checkout."""
 
 import sys
 
-from orthojax.launch.prepare_data import main
+from orthojax.commands.prepare_data import start
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

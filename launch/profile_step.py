@@ -9,9 +9,9 @@ import sys
 
 from absl import flags
 
+from orthojax.commands.command_line import run
+from orthojax.commands.config_flag import define_config, load_config
 from orthojax.console import tell
-from orthojax.launch.command_line import run
-from orthojax.launch.config_flag import define_config, load_config
 
 
 def define_flags():
@@ -23,7 +23,7 @@ def main():
     import jax
     import numpy as np
 
-    from orthojax.analysis.profile import profile
+    from orthojax.benchmarks.profile import profile
     from orthojax.training.compiled import compile_steps
     from orthojax.training.experiment import build
 

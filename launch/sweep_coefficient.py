@@ -14,13 +14,13 @@ import statistics
 import sys
 
 from orthojax import orthonormality_error
-from orthojax.analysis.picture import check_picture, new_picture, write_picture
+from orthojax.commands.command_line import exit_status
 from orthojax.configs.digits_plain110 import get_config
 from orthojax.console import tell
 from orthojax.errors import DivergenceError
-from orthojax.inference import load
-from orthojax.launch.command_line import exit_status
+from orthojax.inference import load_classifier
 from orthojax.models import unstack_blocks
+from orthojax.pictures.picture import check_picture, new_picture, write_picture
 from orthojax.storage.paths import check_output, local_path, output_directory
 from orthojax.training.train import train_and_evaluate
 
@@ -77,7 +77,7 @@ def train(coefficient: float, seed: int, workdir: pathlib.Path) -> dict:
 
 def final_errors(workdir: pathlib.Path) -> list[float]:
     """`orthonormality_error` of every layer's kernel in the last checkpoint."""
-    params = load(workdir, "latest").variables["params"]
+    params = load_classifier(workdir, "latest").variables["params"]
     return [float(error) for error in orthonormality_error(unstack_blocks(params)).values()]
 
 

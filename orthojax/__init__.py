@@ -4,7 +4,6 @@ import importlib
 
 from orthojax.describe import describe
 from orthojax.initializers import delta_orthonormal, orthonormal
-from orthojax.modulator import modulation, read
 from orthojax.ortho import (
     decoupled_ortho,
     mean_correlation,
@@ -19,15 +18,18 @@ from orthojax.ortho import (
     views,
 )
 from orthojax.sites import init_site, modulate
+from orthojax.sites.modulation import modulation, read_moments
 
 __version__ = "0.1.0"
 
-# What needs Flax; the rest does not.
+# What needs more than JAX and optax, and the module that has it.
 _LAZY = {
-    "describe_net": "orthojax.models.summary",
-    "load": "orthojax.inference",
+    "describe_net": "orthojax.models",
+    "linen": "orthojax.linen",
+    "load_classifier": "orthojax.inference",
     "train_and_evaluate": "orthojax.training.train",
 }
+_RENAMED = {"load": "load_classifier", "read": "read_moments"}
 
 __all__ = [
     "decoupled_ortho",
@@ -36,7 +38,7 @@ __all__ = [
     "describe_net",
     "init_site",
     "linen",
-    "load",
+    "load_classifier",
     "mean_correlation",
     "modulate",
     "modulation",
@@ -45,7 +47,7 @@ __all__ = [
     "orthonormal",
     "orthonormality_error",
     "project_orthonormal",
-    "read",
+    "read_moments",
     "scale_by_matrix_adam",
     "scale_by_soap",
     "soap",
@@ -56,8 +58,13 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name == "linen":
-        return importlib.import_module("orthojax.linen")
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        module = importlib.import_module(_LAZY[name])
+        return module if name == "linen" else getattr(module, name)
+    if name in _RENAMED:
+        raise AttributeError(f"orthojax.{name} is called orthojax.{_RENAMED[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

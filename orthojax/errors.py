@@ -40,6 +40,10 @@ class DivergenceError(UserError, FloatingPointError):
     """Training produced NaN or Inf; the last good checkpoint is kept."""
 
 
+class MissingExtraError(UserError, ImportError):
+    """A package that an extra of this distribution brings is not installed."""
+
+
 class WorkdirBusyError(WorkdirError):
     """Another process is training in a working directory."""
 

@@ -1,5 +1,9 @@
 """The Flax linen face of modulation."""
 
+from orthojax.extras import require
+
+require("flax", "orthojax.linen")
+
 import contextlib
 import contextvars
 import itertools

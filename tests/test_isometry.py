@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from orthojax.analysis.growth import log_growth
 from orthojax.errors import ConfigError
 from orthojax.isometry import error_growth, isometric_bias, passed_share, relu_variance
 from orthojax.models import PlainNet
+from orthojax.sites.growth import log_growth
 
 
 @pytest.mark.parametrize("bias", [-0.5, 0.0, 0.3, 1.0, 2.0, 3.5])

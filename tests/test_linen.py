@@ -13,8 +13,8 @@ from flax.training.train_state import TrainState
 
 import orthojax
 from orthojax.linen import Modulated
-from orthojax.modulator import find_state
 from orthojax.sites import SITE, measurement, weights_only
+from orthojax.sites.modulation import find_state
 
 DEPTH, WIDTH, BATCH = 50, 8, 32
 

@@ -18,7 +18,8 @@ def test_every_room_is_installed():
     listed = setup["options"]["packages"].split()
     rooms = [file.parent.relative_to(ROOT) for file in (ROOT / "orthojax").rglob("__init__.py")]
     found = {room.as_posix().replace("/", ".") for room in rooms}
-    assert set(listed) == found | {"orthojax.configs"} and len(listed) == len(set(listed))
+    elsewhere = {f"orthojax.{name}" for name in ("benchmarks", "configs", "experiments")}
+    assert set(listed) == found | elsewhere and len(listed) == len(set(listed))
 
 
 USE = """
@@ -36,7 +37,7 @@ config = digits_plain110.get_config("depth=8,steps=4")
 config.model.width, config.batch_size, config.mesh.data = 4, 8, 1
 config.dataset.data_dir = str(pathlib.Path("data").absolute())
 assert orthojax.train_and_evaluate(config, "run")["steps"] == 4
-orthojax.load("run")
+orthojax.load_classifier("run")
 """
 
 
@@ -65,7 +66,7 @@ def test_the_wheel_trains_from_another_directory(tmp_path):
     place = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", place, wheel]
     subprocess.run(install, check=True)
-    command = [sys.executable, "-m", "orthojax.launch.train", "--workdir=run"]
+    command = [sys.executable, "-m", "orthojax.commands.train", "--workdir=run"]
     command += ["--config=digits_plain110:depth=8,steps=4", "--config.model.width=4"]
     subprocess.run(
         [*command, "--config.mesh.data=1", "--config.batch_size=8"],

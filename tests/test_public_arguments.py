@@ -364,7 +364,7 @@ def test_what_reads_and_trains_looks_at_its_arguments_first(argument, value, tmp
         argument = "callbacks"
     with pytest.raises(ConfigError, match=rf"\b{argument}="):
         if argument == "step":
-            orthojax.load(tmp_path, value)
+            orthojax.load_classifier(tmp_path, value)
         else:
             orthojax.train_and_evaluate(**given)
 

@@ -10,9 +10,9 @@ import time
 
 import jax
 
-from benchmarks.programs import METHOD, experiment, lower_on_digits
-from orthojax.analysis.measurements import measurement, ratio
-from orthojax.analysis.timing import time_interleaved
+from orthojax.benchmarks.measurements import measurement, ratio
+from orthojax.benchmarks.programs import METHOD, experiment, lower_on_digits
+from orthojax.benchmarks.timing import time_interleaved
 from orthojax.training.compiled import lower_train_step
 
 TRAIN = str(pathlib.Path(__file__).resolve().parent.parent / "train.py")

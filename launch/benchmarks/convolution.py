@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks.programs import BATCH, call_repeatedly
-from orthojax.analysis.measurements import measurement, ratio
-from orthojax.analysis.timing import time_interleaved
+from orthojax.benchmarks.measurements import measurement, ratio
+from orthojax.benchmarks.programs import BATCH, call_repeatedly
+from orthojax.benchmarks.timing import time_interleaved
 from orthojax.models.convolution import conv_general_dilated
 
 # Size of the images, channels in and out, stride: of CIFAR-10 at width 16, the digits at width 8.

@@ -11,10 +11,10 @@ import time
 
 import numpy as np
 
-from benchmarks.programs import BATCH, METHOD, SIZE, make_step, programs
 from orthojax import data
-from orthojax.analysis.measurements import measurement, ratio
-from orthojax.analysis.timing import time_interleaved
+from orthojax.benchmarks.measurements import measurement, ratio
+from orthojax.benchmarks.programs import BATCH, METHOD, SIZE, make_step, programs
+from orthojax.benchmarks.timing import time_interleaved
 from orthojax.errors import DatasetError
 from orthojax.parallel.cores import usable_cores
 

@@ -5,9 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from benchmarks.programs import call_repeatedly
-from orthojax.analysis.measurements import measurement, ratio
-from orthojax.analysis.timing import time_interleaved
+from orthojax.benchmarks.measurements import measurement, ratio
+from orthojax.benchmarks.programs import call_repeatedly
+from orthojax.benchmarks.timing import time_interleaved
 from orthojax.inference.folding import FoldedNet, fold_batch_norm
 from orthojax.models import PlainNet, ResNet
 

@@ -1,7 +1,7 @@
 """Memory of the compiled training step, as XLA allocates it: nothing is run."""
 
-from benchmarks.programs import BASELINE, METHOD, lower_on_digits, peak_memory, programs
-from orthojax.analysis.measurements import measurement
+from orthojax.benchmarks.measurements import measurement
+from orthojax.benchmarks.programs import BASELINE, METHOD, lower_on_digits, peak_memory, programs
 from orthojax.models.stacking import REMATS
 
 

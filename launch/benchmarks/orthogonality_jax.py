@@ -2,7 +2,7 @@
 
 import sys
 
-from orthogonality import restrict, serve
+from orthojax.benchmarks.orthogonality import restrict, serve
 
 if __name__ == "__main__":
     restrict(sys.argv[1:])  # before JAX makes its threads

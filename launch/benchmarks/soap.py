@@ -4,9 +4,9 @@ import statistics
 
 import jax
 
-from benchmarks.programs import BASELINE, SOAP, make_step, peak_memory, programs
-from orthojax.analysis.measurements import measurement, ratio
-from orthojax.analysis.timing import time_interleaved
+from orthojax.benchmarks.measurements import measurement, ratio
+from orthojax.benchmarks.programs import BASELINE, SOAP, make_step, peak_memory, programs
+from orthojax.benchmarks.timing import time_interleaved
 
 WIDTHS = {16: 1.15, 64: 1.3}  # -> the largest ratio wanted
 REFRESH_EVERY = 10

@@ -8,7 +8,9 @@ import sys
 import jax
 import optax
 
-from benchmarks.programs import (
+from orthojax import optax_ortho
+from orthojax.benchmarks.measurements import measurement, ratio
+from orthojax.benchmarks.programs import (
     BASELINE,
     BATCH,
     METHOD,
@@ -18,9 +20,7 @@ from benchmarks.programs import (
     make_step,
     programs,
 )
-from orthojax import optax_ortho
-from orthojax.analysis.measurements import measurement, ratio
-from orthojax.analysis.timing import time_interleaved
+from orthojax.benchmarks.timing import time_interleaved
 from orthojax.training.observe import observe
 
 UNROLLED = "unrolled"
@@ -35,7 +35,7 @@ def measure(rounds: int, depth: int, clock, torch_compile: bool = False):
     steps["regularizer"] = _regularizer(programs(BASELINE, depth))
     steps[UNROLLED] = make_step(programs(BASELINE, depth, scan=False))
     if importlib.util.find_spec("torch"):
-        from benchmarks import torch_plain
+        from orthojax.benchmarks import torch_plain
 
         layouts = {True: "channels last", False: "channels first"}
         forms = {False: PYTORCH, True: COMPILED} if torch_compile else {False: PYTORCH}

@@ -3,10 +3,10 @@
 import itertools
 import statistics
 
-from experiments.arms import LADDER, cifar10, digits
-from experiments.report import accuracy, save_picture, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.training.sweep import over_seeds, tuned
+from orthojax.experiments.arms import LADDER, cifar10, digits
+from orthojax.experiments.report import accuracy, save_picture, table, write_report
+from orthojax.experiments.sweep import over_seeds, tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "What matters: one factor at a time"
 STEPS = 150

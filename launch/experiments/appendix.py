@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.report import table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments.report import table, write_report
 from orthojax.models import BatchNorm
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Appendix: eigenvalues of the Jacobian of batch normalization"
 BATCHES = (4, 8, 16, 32, 64, 128, 256, 512)

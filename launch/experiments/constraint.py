@@ -2,10 +2,10 @@
 
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip, digits, folder
-from experiments.report import CELLS, cells, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.training.sweep import tuned
+from orthojax.experiments.arms import LADDER, cifar10, clip, digits, folder
+from orthojax.experiments.report import CELLS, cells, table, write_report
+from orthojax.experiments.sweep import tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Penalty, constraint, or neither"
 STEPS = 600

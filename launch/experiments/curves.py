@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 
-from experiments.arms import cifar10, imagenet
 from orthojax import data
 from orthojax.errors import DatasetError
+from orthojax.experiments.arms import cifar10, imagenet
+from orthojax.experiments.sweep import over_seeds
 from orthojax.storage.metrics import read_metrics
-from orthojax.training.sweep import over_seeds
 
 RATES = {"cpu": 0.02, "full": 0.1}  # of all arms
 STEPS = 3_000  # of `cpu` on CIFAR-10

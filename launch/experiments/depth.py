@@ -2,10 +2,10 @@
 
 import statistics
 
-from experiments.arms import LADDER, digits
-from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.training.sweep import tuned
+from orthojax.experiments.arms import LADDER, digits
+from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.experiments.sweep import tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Depth: plain nets on the digits"
 DEPTHS = (20, 44, 110, 302, 1004)

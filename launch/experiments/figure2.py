@@ -1,8 +1,8 @@
 """Figure 2: correlation between the columns of a kernel during training."""
 
-from experiments import curves
-from experiments.report import table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments import curves
+from orthojax.experiments.report import table, write_report
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 2: mean correlation between filters against training steps"
 ARMS = ("plain44_l2", "plain44_ortho")

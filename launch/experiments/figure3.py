@@ -1,8 +1,8 @@
 """Figure 3: how much of the error arrives at the first layer, during training."""
 
-from experiments import curves
-from experiments.report import table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments import curves
+from orthojax.experiments.report import table, write_report
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 3: second moment of the error at the first layer over the last layer's"
 ARMS = ("plain44_l2", "plain44_ortho")

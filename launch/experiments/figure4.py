@@ -1,8 +1,8 @@
 """Figure 4: the error in every layer, relative to the top one, at a few steps of training."""
 
-from experiments import curves
-from experiments.report import table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments import curves
+from orthojax.experiments.report import table, write_report
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 4: second moment of the error in each layer, relative to the last"
 ARMS = ("plain44_ortho", "plain44_l2")

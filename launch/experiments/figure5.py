@@ -1,8 +1,8 @@
 """Figure 5: accuracy against training steps, plain and residual, on CIFAR-10 and ImageNet."""
 
-from experiments import curves
-from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments import curves
+from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Figure 5: plain and residual nets against training steps"
 PHOTOGRAPHS = "ImageNet, residual"

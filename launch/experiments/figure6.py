@@ -1,9 +1,8 @@
 """Figure 6: the filters of the first layer."""
 
-from draw_filters import first_kernel
-from experiments import curves
-from experiments.report import table, write_report
-from orthojax.analysis.filters import draw_filters
+from orthojax.experiments import curves
+from orthojax.experiments.filters import draw_filters, first_kernel
+from orthojax.experiments.report import table, write_report
 from orthojax.ortho import mean_correlation
 
 TITLE = "Figure 6: first-layer filters"

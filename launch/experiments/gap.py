@@ -3,10 +3,10 @@
 import itertools
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip, digits, folder
-from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.training.sweep import tuned
+from orthojax.experiments.arms import LADDER, cifar10, clip, digits, folder
+from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.experiments.sweep import tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Plain nets and their residual twins"
 DEPTHS = (44, 110)

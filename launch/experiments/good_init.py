@@ -3,13 +3,13 @@
 import math
 import statistics
 
-from experiments.arms import LADDER, LONG_SEARCH_STEPS, LONG_STEPS, cifar10, lengthen
-from experiments.constraint import TIME_CONSTANTS, keep
-from experiments.report import CELLS, cells, table, write_report
-from experiments.rivals import L2
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments.arms import LADDER, LONG_SEARCH_STEPS, LONG_STEPS, cifar10, lengthen
+from orthojax.experiments.constraint import TIME_CONSTANTS, keep
+from orthojax.experiments.report import CELLS, cells, table, write_report
+from orthojax.experiments.rivals import L2
+from orthojax.experiments.sweep import run_name, tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
-from orthojax.training.sweep import run_name, tuned
 
 TITLE = "A good init, and what is kept of it"
 DEPTH = 44

@@ -1,9 +1,9 @@
 """Where modulation may be worth having: kernels of the wrong size, and numbers of 16 bits."""
 
-from experiments.arms import LADDER, MODULATED, clip, digits, folder
-from experiments.report import CELLS, cells, table, write_report
-from experiments.rivals import PAPER
-from orthojax.training.sweep import over_seeds, tuned
+from orthojax.experiments.arms import LADDER, MODULATED, clip, digits, folder
+from orthojax.experiments.report import CELLS, cells, table, write_report
+from orthojax.experiments.rivals import PAPER
+from orthojax.experiments.sweep import over_seeds, tuned
 
 TITLE = "Hard cases: with modulation, without it, and by other means"
 STEPS = 600

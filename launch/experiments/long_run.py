@@ -3,7 +3,7 @@
 import functools
 import statistics
 
-from experiments.arms import (
+from orthojax.experiments.arms import (
     LADDER,
     LONG_SEARCH_STEPS,
     LONG_STEPS,
@@ -11,10 +11,10 @@ from experiments.arms import (
     lengthen,
     paper_coefficient,
 )
-from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.experiments.sweep import run_name, tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
-from orthojax.training.sweep import run_name, tuned
 
 TITLE = "Plain against residual, a long run"
 DEPTHS = (44, 110)

@@ -1,9 +1,9 @@
 """Does what the digits show at 110 layers hold on MNIST, with three times as many test images?"""
 
-from experiments import modulation
-from experiments.arms import digits, folder
-from experiments.report import CELLS, cells, table, write_report
-from orthojax.training.sweep import over_seeds
+from orthojax.experiments import modulation
+from orthojax.experiments.arms import digits, folder
+from orthojax.experiments.report import CELLS, cells, table, write_report
+from orthojax.experiments.sweep import over_seeds
 
 TITLE = "110 plain layers on 5,000 images of MNIST"
 DEPTH = 110

@@ -2,11 +2,11 @@
 
 import statistics
 
-from experiments.arms import LADDER, digits, folder, paper_coefficient
-from experiments.report import CELLS, cells, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
 from orthojax.configs import digits_plain110
-from orthojax.training.sweep import over_seeds, tuned
+from orthojax.experiments.arms import LADDER, digits, folder, paper_coefficient
+from orthojax.experiments.report import CELLS, cells, table, write_report
+from orthojax.experiments.sweep import over_seeds, tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Modulation from the paper's start, on the digits"
 STEPS = {20: 600, 44: 600, 62: 600, 110: 3_000, 302: 3_000}

@@ -2,11 +2,11 @@
 
 import statistics
 
-from experiments.arms import LADDER, MODULATED, cifar10, clip, folder
-from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import clear_frame, new_picture
+from orthojax.experiments.arms import LADDER, MODULATED, cifar10, clip, folder
+from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.experiments.sweep import climb, over_seeds, run_at, run_name
+from orthojax.pictures.picture import clear_frame, new_picture
 from orthojax.storage.metrics import read_metrics
-from orthojax.training.sweep import climb, over_seeds, run_at, run_name
 
 TITLE = "The race: plain and residual nets, SGD and SOAP"
 NORMALIZED = {"kernel_init": "he", "bn_bias": 0.0}

@@ -3,10 +3,10 @@
 import json
 import statistics
 
-from environment import environment
-from orthojax.analysis.picture import write_picture
+from orthojax.benchmarks.environment import environment
+from orthojax.experiments.sweep import RECORD
+from orthojax.pictures.picture import write_picture
 from orthojax.storage.paths import write_atomic
-from orthojax.training.sweep import RECORD
 
 
 def accuracy(records):

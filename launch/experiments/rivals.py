@@ -2,11 +2,11 @@
 
 import statistics
 
-from experiments.arms import LADDER, MODULATED, cifar10, clip, digits, folder
-from experiments.report import CELLS, cells, table, write_report
-from orthojax.analysis.picture import clear_frame, new_picture
+from orthojax.experiments.arms import LADDER, MODULATED, cifar10, clip, digits, folder
+from orthojax.experiments.report import CELLS, cells, table, write_report
+from orthojax.experiments.sweep import tuned
 from orthojax.mean_field import critical_tanh, normalized_tanh_scale
-from orthojax.training.sweep import tuned
+from orthojax.pictures.picture import clear_frame, new_picture
 
 TITLE = "Training without shortcuts: everybody's way"
 # What tells most first: to interrupt it is to have the beginning.

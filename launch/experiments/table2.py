@@ -9,10 +9,10 @@ that and without.
 import copy
 import statistics
 
-from experiments.arms import LADDER, cifar10, clip, digits
-from experiments.report import accuracy, table, write_report
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
-from orthojax.training.sweep import over_seeds, tuned
+from orthojax.experiments.arms import LADDER, cifar10, clip, digits
+from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.experiments.sweep import over_seeds, tuned
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Table 2: one-order methods at 44 and 110 layers"
 DEPTHS = (44, 110)

@@ -6,11 +6,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from experiments.report import table, write_report
-from orthojax.analysis.growth import log_growth
-from orthojax.analysis.picture import COLORS, clear_frame, new_picture
+from orthojax.experiments.report import table, write_report
 from orthojax.isometry import error_growth
 from orthojax.models import PlainNet
+from orthojax.pictures.picture import COLORS, clear_frame, new_picture
+from orthojax.sites.growth import log_growth
 
 TITLE = "Growth of the squared error per layer at initialization"
 BIASES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)

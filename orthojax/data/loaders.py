@@ -6,7 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from orthojax import checks
-from orthojax.data import dataset, folder, source, streamed
+from orthojax.data import folder, in_memory, prepared, streamed
 from orthojax.data.protocols import Dataset
 
 
@@ -21,7 +21,7 @@ def load(name: str, data_dir: str | None = None, **arguments: Any) -> Dataset:
         or `folder`, for pictures of one's own.
       data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`. For
         `folder` it is DIR of `DIR/train/CLASS/*.jpg`.
-      **arguments: of `load` in `orthojax.data.dataset`, `.streamed` or `.folder`.
+      **arguments: of `load` in `orthojax.data.in_memory`, `.streamed` or `.folder`.
 
     Raises:
       DatasetError: see there.
@@ -64,6 +64,6 @@ def implementation(section: Mapping) -> Callable[..., Dataset]:
     if name == "folder":
         return folder.load
     if not isinstance(name, str):
-        return dataset.load  # binding says what is missing
-    found = source.find(name, section.get("data_dir"), prepared=False)
-    return streamed.load if None in found.image_shape else dataset.load
+        return in_memory.load  # binding says what is missing
+    found = prepared.find(name, section.get("data_dir"), prepared=False)
+    return streamed.load if None in found.image_shape else in_memory.load

@@ -1,17 +1,16 @@
 """Preparing a data set with TFDS's own builder: the one place where TensorFlow may be imported."""
 
-import importlib.util
-
 from orthojax.caches import expand
-from orthojax.data import source
+from orthojax.data import prepared
 from orthojax.errors import DatasetError
+from orthojax.extras import require
 
 
 def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = None) -> str:
     """Downloads a TFDS data set and writes it as `array_record`, which needs no TensorFlow to read.
 
     A set that is prepared already is left as it is. Run this in a process of its own
-    (`launch/prepare_data.py`): TFDS imports TensorFlow to write any set but the bundled ones.
+    (`orthojax prepare`): TFDS imports TensorFlow to write any set but the bundled ones.
 
     Args:
       name: see `orthojax.data.load`.
@@ -28,24 +27,20 @@ def prepare(name: str, data_dir: str | None = None, manual_dir: str | None = Non
     manual_dir = expand(manual_dir) if manual_dir else None
     from orthojax.data import bundled  # here, so that importing this does not import TFDS
 
-    builder = source.named_builder(name, data_dir)
-    if not source.is_prepared(builder):
+    builder = prepared.named_builder(name, data_dir)
+    if not prepared.is_prepared(builder):
         if isinstance(builder, bundled.Bundled):
             bundled.prepare(builder)
         else:
             _download_and_prepare(name, builder, manual_dir)
-    source.check_prepared(name, builder)
+    prepared.check_prepared(name, builder)
     return str(builder.data_path)
 
 
 def _download_and_prepare(name, builder, manual_dir):
     import tensorflow_datasets as tfds
 
-    if importlib.util.find_spec("tensorflow") is None:
-        raise DatasetError(
-            f"preparing {name!r} needs TensorFlow (training does not); "
-            "install it with\n    pip install -e '.[prepare]'"
-        )
+    require("prepare", f"preparing {name!r} (training does not)")
     try:
         builder.download_and_prepare(
             file_format="array_record",
@@ -54,7 +49,7 @@ def _download_and_prepare(name, builder, manual_dir):
     except ImportError as error:
         raise DatasetError(
             f"preparing {name!r} needs a package that is missing: {error}; install it, or "
-            "everything that the common data sets need with\n    pip install -e '.[prepare]'"
+            "everything that the common data sets need: pip install 'orthojax-nets[prepare]'"
         ) from error
     except AssertionError as error:  # TFDS's way of saying which archive it wants, and where
         raise DatasetError(f"cannot prepare {name!r}: {error}") from error

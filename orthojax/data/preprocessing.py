@@ -15,6 +15,7 @@ import PIL.Image
 from orthojax import checks
 from orthojax.data import augmentation
 from orthojax.errors import ConfigError, DatasetError
+from orthojax.extras import require
 
 FILE = "preprocessing.json"  # in a working directory
 
@@ -207,7 +208,7 @@ class Preprocessing:
         from orthojax.data import jpeg
 
         if jpeg.cv2 is None:
-            raise DatasetError("reading photographs needs OpenCV: pip install -e '.[imagenet]'")
+            require("imagenet", "reading photographs")
         out = np.empty(self.image_shape, np.uint8)
         margin = (self.resize - self.image_shape[0]) // 2
         jpeg.crop_into(out, encoded, self.resize, margin, margin)

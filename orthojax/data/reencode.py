@@ -1,20 +1,18 @@
 """Photographs re-encoded once as small squares, so that training decodes less every epoch."""
 
 import functools
-import importlib.util
 import pathlib
 import tempfile
 
 import tensorflow_datasets as tfds
 
 from orthojax import checks
-from orthojax.data import prepare, source
+from orthojax.data import prepare, prepared
 from orthojax.data.records import Undecodable
 from orthojax.data.streamed import LARGEST_SIDE
 from orthojax.errors import DatasetError
+from orthojax.extras import require
 from orthojax.parallel.cores import usable_cores
-
-PACKAGES = ("grain", "simplejpeg", "cv2")  # of the extra `imagenet`
 
 
 class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -29,9 +27,9 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     url_infos = {}  # see `orthojax.data.bundled`
 
-    def __init__(self, original: source.Source, size: int, quality: int, workers: int):
+    def __init__(self, original: prepared.Source, size: int, quality: int, workers: int):
         name, *rest = original.full_name.split("/")
-        self.name = source.reencoded_name(name, size)
+        self.name = prepared.reencoded_name(name, size)
         self.VERSION = original.builder.version
         config = original.builder.builder_config
         if config is not None:
@@ -70,8 +68,8 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(self, split):
         import grain
 
-        records = source.records(self._original, split)
-        square = functools.partial(self._square, source.examples(self._original, split))
+        records = prepared.records(self._original, split)
+        square = functools.partial(self._square, prepared.examples(self._original, split))
         squares = grain.MapDataset.range(len(records)).map(square)
         options = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=64)
         undecodable, kept = Undecodable(records, "left out"), 0
@@ -93,7 +91,7 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
         from orthojax.data import jpeg
 
-        with source.reading(self._original):
+        with prepared.reading(self._original):
             example = examples[row]
         key = self._original.image_key
         try:
@@ -146,7 +144,7 @@ def reencode(
     if workers is None:
         workers = usable_cores()
     _check_numbers(name, size, quality, workers)
-    original = source.find(name, data_dir, prepared=False)
+    original = prepared.find(name, data_dir, prepared=False)
     if None not in original.image_shape:
         height, width, _ = original.image_shape
         raise DatasetError(
@@ -154,9 +152,9 @@ def reencode(
             "photographs of many sizes, such as imagenet2012"
         )
     builder = Squares(original, size, quality, workers)
-    if not source.is_prepared(builder):
+    if not prepared.is_prepared(builder):
         prepare.prepare(name, data_dir, manual_dir)
-        builder = Squares(source.find(name, data_dir), size, quality, workers)
+        builder = Squares(prepared.find(name, data_dir), size, quality, workers)
         _write(builder)
     elif (found := (builder.info.metadata or {}).get("quality")) != quality:
         raise DatasetError(
@@ -170,12 +168,7 @@ def _check_numbers(name: str, size: int, quality: int, workers: int) -> None:
     checks.integer("size", size, 1, LARGEST_SIDE)
     checks.integer("quality", quality, 1, 100)
     checks.integer("workers", workers, 1)
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise DatasetError(
-            f"re-encoding {name!r} needs {', '.join(missing)}; install what is missing with\n"
-            "    pip install -e '.[imagenet]'"
-        )
+    require("imagenet", f"re-encoding {name!r}")
 
 
 def _write(builder: Squares) -> None:

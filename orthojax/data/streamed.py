@@ -1,7 +1,6 @@
 """Sets of photographs of many sizes, such as ImageNet: read from disk while a net trains."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,19 +8,17 @@ import jax
 import numpy as np
 
 from orthojax import checks
-from orthojax.data import source
+from orthojax.data import prepared
 from orthojax.data.augmentation import augment_photographs, standardize_rgb
-from orthojax.data.dataset import BLACK_IMAGES, black_split
-from orthojax.data.pipeline import Split, TrainIterator, eval_batches
+from orthojax.data.in_memory import BLACK_IMAGES, black_split
+from orthojax.data.in_memory_batches import Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.data.protocols import Batch, TrainBatches
 from orthojax.data.records import Records, check_images
-from orthojax.errors import DatasetError
+from orthojax.extras import require
 from orthojax.parallel.cores import usable_cores
 
 LARGEST_SIDE = 2**14  # of a square, in pixels
-
-PACKAGES = ("grain", "simplejpeg", "cv2")  # of the extra `imagenet`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +65,17 @@ class StreamedDataset:
         self, batch_size: int, seed: int, rows: np.ndarray | None = None
     ) -> TrainBatches:
         """See `orthojax.data.Dataset`; worker processes start with the first batch."""
-        from orthojax.data import reader  # here, because Grain takes a second to import
+        from orthojax.data import streamed_batches  # here, because Grain takes a second to import
 
-        return reader.StreamedTrainIterator(
+        return streamed_batches.StreamedTrainIterator(
             self.train, self._geometry(), batch_size, seed, rows, **self._processes()
         )
 
     def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """See `orthojax.data.Dataset`; an image that cannot be decoded counts as padding."""
-        from orthojax.data import reader
+        from orthojax.data import streamed_batches
 
-        return reader.streamed_test_batches(
+        return streamed_batches.streamed_test_batches(
             self.test, self._geometry(), batch_size, rows, **self._processes()
         )
 
@@ -91,7 +88,7 @@ class StreamedDataset:
         return standardize_rgb(images)
 
     def _geometry(self):
-        from orthojax.data.reader import Geometry
+        from orthojax.data.streamed_batches import Geometry
 
         return Geometry(self.resize, self.crop)
 
@@ -138,7 +135,7 @@ def load(
     number of workers nor that of hosts changes an image.
 
     Args:
-      name: a TFDS name, or `imagenet2012_256`, which `launch/prepare_data.py --resize=256` makes.
+      name: a TFDS name, or `imagenet2012_256`, which `orthojax prepare --resize=256` makes.
       data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
       train_split: a TFDS split, which may be sliced, such as `train[:90%]`.
       test_split: likewise.
@@ -160,29 +157,19 @@ def load(
       >>> load("imagenet2012", records=False).image_shape
       (224, 224, 3)
     """
-    found = source.find(name, data_dir, prepared=records)
+    found = prepared.find(name, data_dir, prepared=records)
     arguments = checked_arguments(resize, crop, flip, color_std, workers, threads)
     if not records:
         keys = found.image_key, found.label_key
         nothing = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
         return BlackDataset(name, nothing, nothing, found.num_classes, **arguments)
-    check_packages(name)
-    train, test = (source.records(found, split) for split in (train_split, test_split))
+    require("imagenet", f"reading {name!r}")
+    train, test = (prepared.records(found, split) for split in (train_split, test_split))
     check_images(train)
     check_images(test)
     return StreamedDataset(
         name, train, test, found.num_classes, class_names=found.class_names, **arguments
     )
-
-
-def check_packages(name: str) -> None:
-    """Raises `DatasetError` where a package that reads photographs is missing."""
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise DatasetError(
-            f"reading {name!r} needs {', '.join(missing)}; install what is missing with\n"
-            "    pip install -e '.[imagenet]'"
-        )
 
 
 def checked_arguments(

@@ -15,8 +15,8 @@ import numpy as np
 from orthojax.errors import DatasetError
 from orthojax.inference.folding import FoldedNet, fold_batch_norm
 from orthojax.models import ConvNet
+from orthojax.training.restore import Trained
 from orthojax.training.step import batch_statistics
-from orthojax.training.trained import Trained
 
 Images = np.ndarray | str | os.PathLike | Iterable[str | os.PathLike]
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from orthojax import checks
-from orthojax.analysis.picture import label, new_picture
 from orthojax.data.protocols import Batch
 from orthojax.errors import DatasetError
 from orthojax.inference.classifier import Classifier
+from orthojax.pictures.picture import label, new_picture
 
 LARGEST_LABELED = 30  # classes up to which a confusion picture has their names and numbers
 
@@ -84,7 +84,7 @@ def evaluate(
     """Evaluates a net on labeled batches, every image whose mask is 1 once.
 
     Args:
-      classifier: from `orthojax.load`.
+      classifier: from `orthojax.load_classifier`.
       batches: of `orthojax.data.Dataset.test_batches`.
       class_names: of the data set, `dataset.preprocessing.class_names`: its labels are taken by
         name, and it may lack some of the net's classes. None takes them to be the net's.
@@ -95,7 +95,7 @@ def evaluate(
         of the net's shape, a batch has no mask, or there is no image.
     """
     if not isinstance(classifier, Classifier):
-        raise checks.refuse("classifier", classifier, "what `orthojax.load` returns")
+        raise checks.refuse("classifier", classifier, "what `orthojax.load_classifier` returns")
     given = classifier.class_names if class_names is None else tuple(class_names)
     labels_here = classifier.preprocessing.labels_of(given)
     classes = len(classifier.class_names)

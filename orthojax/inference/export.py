@@ -1,13 +1,12 @@
 """A trained net as one StableHLO program: pixels in, probabilities out, no model code needed."""
 
-import importlib.util
 import os
 
 import jax
 import jax.numpy as jnp
 
 from orthojax import checks
-from orthojax.errors import UserError
+from orthojax.extras import require
 from orthojax.inference.classifier import Classifier
 from orthojax.storage.paths import check_output, write_atomic
 
@@ -22,14 +21,14 @@ def export(classifier: Classifier, path: str | os.PathLike) -> None:
     JAX promises of such files: they can be read for six months, see its documentation.
 
     Args:
-      classifier: from `orthojax.load`; perhaps `classifier.folded()`.
+      classifier: from `orthojax.load_classifier`; perhaps `classifier.folded()`.
       path: of the file.
 
     Raises:
       UserError: see `check_export`.
     """
     if not isinstance(classifier, Classifier):
-        raise checks.refuse("classifier", classifier, "what `orthojax.load` returns")
+        raise checks.refuse("classifier", classifier, "what `orthojax.load_classifier` returns")
     check_export(path)
 
     def predict(images):
@@ -49,6 +48,5 @@ def check_export(path: str | os.PathLike) -> None:
     Raises:
       UserError: the extra `[export]` is not installed, or the file cannot be written.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise UserError("exporting needs flatbuffers: pip install -e '.[export]'")
+    require("export", "exporting")
     check_output(path)

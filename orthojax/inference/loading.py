@@ -1,13 +1,13 @@
-"""`orthojax.load`: from a working directory to a classifier."""
+"""`orthojax.load_classifier`: from a working directory to a classifier."""
 
 import os
 
 from orthojax import checks
 from orthojax.inference.classifier import Classifier
-from orthojax.training.trained import read_trained
+from orthojax.training.restore import read_trained
 
 
-def load(
+def load_classifier(
     workdir: str | os.PathLike, step: int | str = "best", own_net: str | None = None
 ) -> Classifier:
     """Loads the net of a run, on one device; neither its data set nor its optimizer is needed.
@@ -37,7 +37,7 @@ def load(
       >>> config, workdir = get_config("depth=8,steps=4"), tempfile.mkdtemp()
       >>> config.mesh.data = 1
       >>> summary = orthojax.train_and_evaluate(config, workdir)
-      >>> load(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
+      >>> load_classifier(workdir).predict(np.zeros((3, 8, 8, 1), np.uint8)).shape
       (3, 10)
     """
     checks.path("workdir", workdir)

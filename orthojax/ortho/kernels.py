@@ -24,7 +24,6 @@ from orthojax.matrices import (
     valid_columns,
 )
 from orthojax.ortho.conv import Conv
-from orthojax.ortho.paths import leaves_with_paths
 from orthojax.ortho.resolution import (
     EMPTY,
     axes_or_reason,
@@ -41,6 +40,7 @@ from orthojax.ortho.variants import (
     MutualCoherence,
     Variant,
 )
+from orthojax.tree_paths import leaves_with_paths
 
 VARIANTS: dict[str, Callable[[], Variant]] = {
     "frobenius": Frobenius,

@@ -15,8 +15,8 @@ from orthojax.ortho.kernels import (
     penalized,
     penalized_or_refuse,
 )
-from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.views import View
+from orthojax.tree_paths import leaves_with_paths, path_name
 
 
 class MatrixAdamState(NamedTuple):

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from orthojax import checks
 from orthojax.matrices import gram, times
 from orthojax.ortho.kernels import map_blocks, penalized_or_refuse
-from orthojax.ortho.paths import path_name
 from orthojax.ortho.views import View
+from orthojax.tree_paths import path_name
 
 
 def project_orthonormal(

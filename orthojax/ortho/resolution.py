@@ -11,7 +11,7 @@ from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import views
-from orthojax.ortho.paths import look_up_tree
+from orthojax.tree_paths import look_up_tree
 
 EMPTY = "no elements"  # the reason of a kernel without rows or without columns
 

@@ -13,9 +13,9 @@ from optax._src.base import NO_PARAMS_MSG
 from orthojax import checks
 from orthojax.matrices import accumulation_dtype, from_blocks, orthonormal_factor, to_blocks
 from orthojax.ortho.kernels import Kernel, penalized_or_refuse, with_auto_axes
-from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.resolution import check_mask_and_view
 from orthojax.ortho.views import View
+from orthojax.tree_paths import leaves_with_paths, path_name
 
 Bases = tuple[jax.Array | None, ...]
 Number = float | jax.Array

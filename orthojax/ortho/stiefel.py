@@ -16,7 +16,6 @@ from orthojax.ortho.kernels import (
     penalized,
     penalized_or_refuse,
 )
-from orthojax.ortho.paths import leaves_with_paths, path_name
 from orthojax.ortho.projection import (
     newton_schulz,
     newton_schulz_step,
@@ -26,6 +25,7 @@ from orthojax.ortho.projection import (
     row_sum,
 )
 from orthojax.ortho.views import View
+from orthojax.tree_paths import leaves_with_paths, path_name
 
 
 class StiefelState(NamedTuple):

@@ -15,9 +15,9 @@ from orthojax.ortho.kernels import (
     penalized_or_refuse,
     variant_named,
 )
-from orthojax.ortho.paths import path_name
 from orthojax.ortho.variants import Variant
 from orthojax.ortho.views import View
+from orthojax.tree_paths import path_name
 
 
 class OrthoState(NamedTuple):

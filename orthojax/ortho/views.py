@@ -28,7 +28,7 @@ import optax
 from orthojax import checks
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
-from orthojax.ortho.paths import path_name, shapes_by_path
+from orthojax.tree_paths import path_name, shapes_by_path
 
 #: What a message says where `optax.inject_hyperparams` may have called a function.
 INJECTED = (

@@ -67,8 +67,8 @@ def _available() -> list[jax.Device]:
     except (RuntimeError, AssertionError) as error:  # a platform is asked for that is not there
         reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
         raise ConfigError(
-            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}{reason}; unset it to "
-            "take what there is, or install what it needs, such as pip install -e '.[cuda]'"
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}{reason}; unset it "
+            "to take what there is, or install what it needs: pip install 'orthojax-nets[cuda]'"
         ) from error
 
 

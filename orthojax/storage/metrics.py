@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 from orthojax.console import tell
-from orthojax.errors import UserError, WorkdirError
+from orthojax.errors import WorkdirError
+from orthojax.extras import require
 from orthojax.storage.paths import is_remote, to_path, write_atomic
 
 _FILE = "metrics.jsonl"
@@ -184,19 +185,8 @@ def _lenient(value: Any) -> Any:
     return math.nan if value is None else value
 
 
-def require_tensorboard() -> None:
-    """Raises `UserError` where the extra `[tensorboard]` is not installed."""
-    try:
-        import tensorboardX  # noqa: F401
-    except ImportError:
-        raise UserError(
-            "writing TensorBoard events needs the extra [tensorboard]: "
-            "pip install -e '.[tensorboard]'"
-        ) from None
-
-
 def _open_events(workdir: str | os.PathLike, resume_step: int | None) -> Any:
-    require_tensorboard()
+    require("tensorboard", "writing TensorBoard events")
     import tensorboardX
 
     # TensorBoard hides what an interrupted run wrote at and after the purge step.

@@ -4,7 +4,6 @@ An object store has no appending, no renaming and no locks, but an object appear
 at all. So the differences are few, and they are all here.
 """
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -15,6 +14,7 @@ from typing import Any
 
 from orthojax.caches import expand
 from orthojax.errors import UserError, WorkdirError
+from orthojax.extras import require
 
 # What orbax, while it saves, takes for a pattern; and what TensorStore cannot open.
 PATTERNS, NEVER = "*?[", "\\"
@@ -38,8 +38,7 @@ def to_path(path: str | os.PathLike) -> Any:
         return pathlib.Path(expand(text))
     if not text.startswith("gs://"):
         raise WorkdirError(f"{text}: only gs:// and this machine's own paths can be used")
-    if importlib.util.find_spec("gcsfs") is None:
-        raise WorkdirError(f"{text} needs the extra [gcs]: pip install -e '.[gcs]'")
+    require("gcs", text)
     os.environ.setdefault("EPATH_USE_TF", "false")  # keeps TensorFlow out of the process
     from etils import epath
 

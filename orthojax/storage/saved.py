@@ -58,7 +58,7 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
 
     Args:
       directory: of the checkpoints of a run.
-      step: "best", "latest", or a number; see `orthojax.load`.
+      step: "best", "latest", or a number; see `orthojax.load_classifier`.
       read: is called with the path of a checkpoint.
 
     Returns:

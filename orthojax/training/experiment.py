@@ -15,8 +15,8 @@ from orthojax import data
 from orthojax.config.sections import bind
 from orthojax.errors import ConfigError
 from orthojax.models import ConvNet
-from orthojax.modulator import modulation
 from orthojax.parallel.mesh import batch_sharding, make_mesh
+from orthojax.sites.modulation import modulation
 from orthojax.training.net import check_logits, explained, make_net
 from orthojax.training.optimizers import check_arguments, make_optimizer
 
@@ -26,7 +26,7 @@ class Settings:
     """The keys of a config. Sections are bound to the function or class that they configure.
 
     Attributes:
-      dataset: `name` and the arguments of what loads that set, `orthojax.data.dataset.load` into
+      dataset: `name` and the arguments of what loads that set, `orthojax.data.in_memory.load` into
         memory or `orthojax.data.streamed.load` from disk.
       model: `name`, a class of `orthojax.models` or `package.module:Net`, and the arguments of that
         class.
@@ -51,7 +51,7 @@ class Settings:
       recalibrate_bn: evaluate with the BN statistics of one pass over this many training images at
         once; 0 takes the running ones, which a deep net from a chaotic start cannot use.
       init_from: None, or the working directory of another run, whose best checkpoint gives the
-        weights to begin with; see `orthojax.training.transfer`.
+        weights to begin with; see `orthojax.training.fine_tune`.
       keep_checkpoints: how many of the newest are kept.
       tensorboard: write TensorBoard events too (extra `[tensorboard]`).
       mesh: `data` and `fsdp`, see `orthojax.parallel.mesh.make_mesh`. What is computed does not

@@ -6,9 +6,9 @@ import jax
 from flax import traverse_util
 
 from orthojax.models import in_order
-from orthojax.modulator import find_state
 from orthojax.ortho import mean_correlation, orthonormality_error
 from orthojax.sites import weights_only
+from orthojax.sites.modulation import find_state
 
 
 def observe(params: Any, opt_state: Any) -> dict[str, Any]:

@@ -17,16 +17,17 @@ from typing import Any
 import jax
 
 from orthojax import checks, data
-from orthojax.analysis.curves import draw_curves
 from orthojax.config.sections import bind
 from orthojax.console import tell
 from orthojax.data import preprocessing
 from orthojax.data.preprocessing import Preprocessing
 from orthojax.errors import DatasetError, WorkdirError
+from orthojax.extras import require
 from orthojax.parallel.processes import is_first, on_first_process
+from orthojax.pictures.curves import draw_curves
 from orthojax.sites import weights_only
 from orthojax.storage.checkpoint import Checkpointer
-from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics, require_tensorboard
+from orthojax.storage.metrics import MetricWriter, NullWriter, read_metrics
 from orthojax.storage.paths import to_path
 from orthojax.storage.saved import saved_steps
 from orthojax.storage.workdir import (
@@ -42,13 +43,13 @@ from orthojax.storage.workdir import (
 )
 from orthojax.training.compiled import abstract_state, compile_steps
 from orthojax.training.experiment import Experiment, Settings, build
+from orthojax.training.fine_tune import check_fits, check_model, take_over
 from orthojax.training.interrupt import stop_on_signals
+from orthojax.training.loop import Callback, Trainer, evaluate
 from orthojax.training.net import description
 from orthojax.training.progress import Progress
+from orthojax.training.restore import Trained, read_trained
 from orthojax.training.summary import read_finished, write_summary
-from orthojax.training.trained import Trained, read_trained
-from orthojax.training.trainer import Callback, Trainer, evaluate
-from orthojax.training.transfer import check_fits, check_model, take_over
 
 
 def train_and_evaluate(
@@ -61,7 +62,7 @@ def train_and_evaluate(
     a run may go on with another number of processes or devices than before.
     Writes `config.json`, `environment.json`, `preprocessing.json`, `metrics.jsonl`,
     `checkpoints/`, `summary.json` and `curves.png` into `workdir`, and progress to stderr; of
-    several processes the first one does. `orthojax.load(workdir)` is the trained net.
+    several processes the first one does. `orthojax.load_classifier(workdir)` is the trained net.
 
     Args:
       config: a Mapping or ConfigDict with the keys of `orthojax.training.experiment.Settings`.
@@ -104,7 +105,7 @@ def train_and_evaluate(
 def _checked_first(settings: Settings, workdir: Any) -> Trained | None:
     """What can fail before images are decoded and programs compiled; the run to begin from."""
     if settings.tensorboard and is_first():
-        require_tensorboard()
+        require("tensorboard", "writing TensorBoard events")
     if settings.init_from is None or saved_steps(workdir / "checkpoints"):
         return None
     source = _read_source(settings)

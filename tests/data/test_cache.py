@@ -5,7 +5,8 @@ import shutil
 import numpy as np
 import pytest
 
-from orthojax.data import bundled, cache, load, source
+from orthojax.data import bundled, cache, load
+from orthojax.data import prepared as prepared_sets
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,13 @@ def cache_dir(tmp_path):
 def decoded(monkeypatch):
     """The splits that were decoded, in order, as the test goes on."""
     splits = []
-    decode = source.decode
+    decode = prepared_sets.decode
 
     def counted(found, split):
         splits.append(split)
         return decode(found, split)
 
-    monkeypatch.setattr(source, "decode", counted)
+    monkeypatch.setattr(prepared_sets, "decode", counted)
     return splits
 
 
@@ -198,7 +199,7 @@ def test_the_default_place(data_dir, tmp_path, monkeypatch):
 def test_progress_is_told_on_stderr(data_dir, cache_dir, monkeypatch, capsys):
     load_digits(data_dir, cache_dir)
     assert capsys.readouterr().err == ""  # over in no time
-    monkeypatch.setattr(source, "_PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(prepared_sets, "_PROGRESS_SECONDS", 0)
     load_digits(data_dir, cache_dir, train_split="train")
     told = capsys.readouterr().err
     assert "decoding digits/1.0.0 train:" in told and "1437/1437" in told

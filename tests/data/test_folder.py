@@ -253,7 +253,7 @@ def trained(root, tmp_path_factory):
 def test_a_net_learns_the_pictures_and_knows_their_classes(root, trained):
     workdir, summary = trained
     assert summary["test_accuracy"] > 0.9
-    net = orthojax.load(workdir, own_net=OWN)
+    net = orthojax.load_classifier(workdir, own_net=OWN)
     names = [root / "test" / name / "00.jpg" for name in CLASSES]
     found = net.predict(names).argmax(axis=1)
     assert [net.class_names[k] for k in found] == list(CLASSES)
@@ -265,7 +265,7 @@ def test_bytes_of_a_picture_decide_and_not_its_name(root, trained, tmp_path):
     file = io.BytesIO()
     PIL.Image.open(root / "test" / "ant" / "00.jpg").save(file, "PNG")
     (tmp_path / "picture.jpg").write_bytes(file.getvalue())
-    net = orthojax.load(trained[0], own_net=OWN)
+    net = orthojax.load_classifier(trained[0], own_net=OWN)
     expected = net.predict(root / "test" / "ant" / "00.jpg")
     np.testing.assert_allclose(net.predict(tmp_path / "picture.jpg"), expected, atol=1e-5)
 
@@ -299,7 +299,7 @@ def test_a_run_on_other_classes_is_refused_before_anything_is_written(
 
 
 def test_labels_are_compared_by_name(copy, trained):
-    net = orthojax.load(trained[0], own_net=OWN)
+    net = orthojax.load_classifier(trained[0], own_net=OWN)
     for split in ("train", "test"):
         shutil.rmtree(copy / split / "ant")
     fewer = data.load("folder", str(copy), **OPTIONS)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from orthojax.data import load, source
+from orthojax.data import load, prepared
 from tests.data.prepare_data import prepare_data
 
 ARCHIVES = os.environ.get("ORTHOJAX_IMAGENET_MANUAL_DIR")
@@ -63,7 +63,7 @@ def data_dir(archived, tmp_path_factory):
 
 def examples(name, data_dir, split):
     """File names and labels in the order of the records."""
-    builder = source.named_builder(name, data_dir)
+    builder = prepared.named_builder(name, data_dir)
     decoders = {"image": tfds.decode.SkipDecoding()}
     found = builder.as_data_source(split, decoders=decoders)
     return [(e["file_name"].decode(), int(e["label"])) for e in found]
@@ -83,7 +83,7 @@ def test_every_photograph_of_the_archives_is_there_with_its_class(name, data_dir
         len(archived["train"]),
         len(archived["validation"]),
     )
-    classes = source.find(name, data_dir).builder.info.features["label"].names
+    classes = prepared.find(name, data_dir).builder.info.features["label"].names
     for split, expected in archived.items():
         found = examples(name, data_dir, split)
         assert sorted(file_name for file_name, _ in found) == sorted(expected)

@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 simplejpeg = pytest.importorskip("simplejpeg")
 pytest.importorskip("cv2")
 
-from orthojax.data import fake_data, jpeg, load, prepare, reencode, source  # noqa: E402
+from orthojax.data import fake_data, jpeg, load, prepare, prepared, reencode  # noqa: E402
 from orthojax.errors import DatasetError, UserError  # noqa: E402
 from tests.data.prepare_data import prepare_data  # noqa: E402
 
@@ -106,13 +106,13 @@ def squares(original, tmp_path_factory):
 
 
 def examples(name, data_dir, split):
-    found = source.find(name, str(data_dir))
-    records = source.records(found, split)
+    found = prepared.find(name, str(data_dir))
+    records = prepared.records(found, split)
     return [records[index] for index in range(len(records))]
 
 
 def names(name, data_dir, split):
-    builder = source.named_builder(name, str(data_dir))
+    builder = prepared.named_builder(name, str(data_dir))
     decoders = {"image": tfds.decode.SkipDecoding()}
     return [e["file_name"] for e in builder.as_data_source(split, decoders=decoders)]
 
@@ -145,7 +145,7 @@ def test_quality_is_that_of_the_jpegs(squares, data_dir):
 
 
 def test_metadata_are_the_originals(squares):
-    old, new = (source.named_builder(name, str(squares)).info for name in (NAME, SQUARES))
+    old, new = (prepared.named_builder(name, str(squares)).info for name in (NAME, SQUARES))
     assert new.full_name == f"{NAME}_{SIZE}/{CONFIG}/2.1.0"
     assert {name: split.num_examples for name, split in new.splits.items()} == COUNTS
     assert repr(new.features) == repr(old.features)

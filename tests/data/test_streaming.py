@@ -17,7 +17,7 @@ pytest.importorskip("cv2")
 from array_record.python.array_record_module import ArrayRecordWriter  # noqa: E402
 from tensorflow_datasets.proto import tf_example_pb2  # noqa: E402
 
-from orthojax.data import jpeg, reader  # noqa: E402
+from orthojax.data import jpeg, streamed_batches  # noqa: E402
 from orthojax.data.augmentation import (  # noqa: E402
     EIGENVALUES,
     EIGENVECTORS,
@@ -141,8 +141,11 @@ def test_every_image_once_an_epoch_in_another_order_each_time(stream):
 
 def test_the_crops_are_those_of_earlier_versions():
     """With others a resumed run would not be the undisturbed one."""
-    geometry = reader.Geometry(SIZE, CROP)
-    found = [reader.train_place(3, COUNT, geometry, position) for position in (0, 1, 22, 23, 1000)]
+    geometry = streamed_batches.Geometry(SIZE, CROP)
+    found = [
+        streamed_batches.train_place(3, COUNT, geometry, position)
+        for position in (0, 1, 22, 23, 1000)
+    ]
     assert found == [(3, 7, 5), (22, 2, 3), (6, 7, 3), (12, 7, 2), (2, 7, 7)]
 
 

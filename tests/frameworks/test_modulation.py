@@ -17,8 +17,8 @@ from flax import nnx
 
 from orthojax import init_site, modulate, modulation
 from orthojax.linen import Modulated
-from orthojax.modulator import find_state
 from orthojax.sites import SITE
+from orthojax.sites.modulation import find_state
 from tests.frameworks.digits_batch import cross_entropy, digits
 
 DEPTH, WIDTH, STEPS = 4, 16, 30

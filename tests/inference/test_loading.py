@@ -45,7 +45,7 @@ def digits(config):
 
 @pytest.fixture(scope="module")
 def classifier(trained):
-    return orthojax.load(trained[0], step="latest")
+    return orthojax.load_classifier(trained[0], step="latest")
 
 
 @pytest.fixture
@@ -88,11 +88,15 @@ def test_plain_orbax_reads_the_same_parameters(trained, classifier):
 
 def test_which_step(trained, config):
     workdir, summary = trained
-    assert orthojax.load(workdir).step == summary["best_step"]
-    assert orthojax.load(workdir, "latest").step == config.steps
-    assert orthojax.load(workdir, 8).step == orthojax.load(workdir, "8").step == 8
+    assert orthojax.load_classifier(workdir).step == summary["best_step"]
+    assert orthojax.load_classifier(workdir, "latest").step == config.steps
+    assert (
+        orthojax.load_classifier(workdir, 8).step
+        == orthojax.load_classifier(workdir, "8").step
+        == 8
+    )
     with pytest.raises(WorkdirError, match="step 17 .* choose best, latest or one of 4, 8, 12"):
-        orthojax.load(workdir, 17)
+        orthojax.load_classifier(workdir, 17)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 300])
@@ -230,15 +234,15 @@ def test_statistics_of_other_images(classifier, digits):
 
 def test_no_run(tmp_path):
     with pytest.raises(WorkdirError, match="holds no run"):
-        orthojax.load(tmp_path / "nothing")
+        orthojax.load_classifier(tmp_path / "nothing")
 
 
 def test_a_run_from_before_says_what_to_do_and_doing_it_helps(copy, config):
     (copy / "preprocessing.json").unlink()
     with pytest.raises(WorkdirError, match="start its training command once more"):
-        orthojax.load(copy)
+        orthojax.load_classifier(copy)
     train_and_evaluate(config, copy)
-    assert orthojax.load(copy).step
+    assert orthojax.load_classifier(copy).step
 
 
 def test_a_damaged_checkpoint_is_named_with_the_others(copy):
@@ -246,8 +250,8 @@ def test_a_damaged_checkpoint_is_named_with_the_others(copy):
     with pytest.raises(
         WorkdirError, match=r"12 cannot be read: state/d/\w+ is damaged.*\n.* 4, 8$"
     ):
-        orthojax.load(copy, "latest")
-    assert orthojax.load(copy, 8).step == 8
+        orthojax.load_classifier(copy, "latest")
+    assert orthojax.load_classifier(copy, 8).step == 8
 
 
 def test_a_checkpoint_of_another_model_is_refused(copy):
@@ -256,12 +260,12 @@ def test_a_checkpoint_of_another_model_is_refused(copy):
     config["model"]["width"] = 8
     path.write_text(json.dumps(config))
     with pytest.raises(WorkdirError, match=r"config\.json is damaged: its checksum"):
-        orthojax.load(copy)
+        orthojax.load_classifier(copy)
     (copy / "checksums.json").unlink()  # as in a run from before it was kept
     with pytest.raises(
         WorkdirError, match=r"no checkpoint of the model in config.json:\n.*float32\[32, 10\] here"
     ):
-        orthojax.load(copy)
+        orthojax.load_classifier(copy)
 
 
 def test_a_run_brings_no_code_along(copy, tmp_path, monkeypatch):
@@ -281,9 +285,9 @@ def test_a_run_brings_no_code_along(copy, tmp_path, monkeypatch):
         with pytest.raises(
             WorkdirError, match=r"theirs:Net.*load\(workdir, own_net='theirs:Net'\)"
         ):
-            orthojax.load(copy, own_net=own_net)
+            orthojax.load_classifier(copy, own_net=own_net)
     assert not (copy / "executed").exists()
-    assert orthojax.load(copy, own_net="theirs:Net").step
+    assert orthojax.load_classifier(copy, own_net="theirs:Net").step
     assert (copy / "executed").exists()
 
 
@@ -336,7 +340,7 @@ def test_without_evaluation_the_newest_is_the_best(copy):
         checkpoint = copy / "checkpoints" / str(step)
         shutil.rmtree(checkpoint / "metrics")
         write_checksums(checkpoint, ["state", "position"])
-    assert orthojax.load(copy).step == 12
+    assert orthojax.load_classifier(copy).step == 12
 
 
 def test_preprocessing_survives_json_to_the_last_bit(digits):

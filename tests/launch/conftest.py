@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 from absl import flags as absl_flags
 
-from orthojax.launch import command_line, config_flag
+from orthojax.commands import command_line, config_flag
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 sys.path.insert(0, str(LAUNCH))  # as for the programs themselves

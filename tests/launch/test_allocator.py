@@ -10,7 +10,7 @@ import pytest
 FAULTS = """
 import resource, sys
 if "keep" in sys.argv:
-    from orthojax.launch.allocator import keep_freed_memory
+    from orthojax.commands.allocator import keep_freed_memory
     assert keep_freed_memory()
 def touch():
     for _ in range(5):
@@ -33,7 +33,7 @@ def test_freed_pages_are_kept():
 
 
 def test_without_glibc_nothing_is_done(monkeypatch):
-    from orthojax.launch.allocator import keep_freed_memory
+    from orthojax.commands.allocator import keep_freed_memory
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()

@@ -14,9 +14,9 @@ import shutil
 import jax
 import pytest
 
+from orthojax.commands import command_line
+from orthojax.commands.overrides import Override, apply
 from orthojax.configs import digits_plain110
-from orthojax.launch import command_line
-from orthojax.launch.overrides import Override, apply
 from orthojax.training import train
 from orthojax.training.compiled import abstract_state, compile_steps
 from orthojax.training.experiment import build

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from benchmarks import input
-from orthojax.analysis.measurements import measurement, read, regressions, save, table
+from orthojax.benchmarks import input
+from orthojax.benchmarks.measurements import measurement, read, regressions, save, table
 from orthojax.errors import UserError
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"

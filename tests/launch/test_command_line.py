@@ -13,9 +13,9 @@ from unittest import mock
 import pytest
 
 from orthojax.caches import cache_directory
+from orthojax.commands import command_line, config_flag
 from orthojax.data import source
 from orthojax.errors import ConfigError, UserError
-from orthojax.launch import command_line, config_flag
 from orthojax.storage.paths import local_path, to_path
 
 TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"

@@ -4,9 +4,9 @@ import pytest
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from orthojax.commands.overrides import Override, apply
 from orthojax.configs import cifar10_plain, digits_plain110
 from orthojax.errors import ConfigError, DatasetError
-from orthojax.launch.overrides import Override, apply
 from orthojax.training.experiment import build
 
 

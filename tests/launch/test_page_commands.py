@@ -11,8 +11,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from orthojax.commands.config_flag import run_name
 from orthojax.errors import DivergenceError
-from orthojax.launch.config_flag import run_name
 from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
 

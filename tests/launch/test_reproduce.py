@@ -11,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reproduce import Options
 
-from experiments import (
+from orthojax.configs import cifar10_plain
+from orthojax.errors import UserError
+from orthojax.experiments import (
     ablation,
     appendix,
     constraint,
@@ -33,16 +36,13 @@ from experiments import (
     rivals,
     table2,
 )
-from orthojax.analysis.growth import log_growth
-from orthojax.configs import cifar10_plain
-from orthojax.errors import UserError
 from orthojax.models import PlainNet, in_order
 from orthojax.sites import SITE
+from orthojax.sites.growth import log_growth
 from orthojax.storage.metrics import MetricWriter
 from orthojax.storage.workdir import claim, write_json_atomic
 from orthojax.training.experiment import build
 from orthojax.training.optimizers import make_optimizer
-from reproduce import Options
 
 PRESETS = ("cpu", "full")
 CONFIGURED = (
@@ -417,7 +417,7 @@ def test_the_plan_is_told_before_anything_is_trained(program, tmp_path, monkeypa
     def stop(jobs):
         raise UserError("stop")
 
-    monkeypatch.setattr("orthojax.training.sweep.work", stop)
+    monkeypatch.setattr("orthojax.experiments.sweep.work", stop)
     options = Options("cpu", (0, 1), None, tmp_path / "depth_cpu")
     run = next(depth.jobs(options)[44])
     claim(run.workdir, run.config)

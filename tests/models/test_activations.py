@@ -14,7 +14,7 @@ from orthojax.initializers import mirrored, orthonormal
 from orthojax.models import PlainNet, ResNet, unstack_blocks
 from orthojax.models.activations import ACTIVATIONS, ShiftedRelu, crelu
 from orthojax.models.dirac import dirac_kernel
-from orthojax.modulator import modulation, read
+from orthojax.sites.modulation import modulation, read_moments
 from orthojax.training.compiled import ONCE
 from orthojax.training.optimizers import make_optimizer
 from tests.models.small_nets import SmallPlainNet, SmallResNet, compiled_pass, filled_variables
@@ -188,7 +188,7 @@ def test_modulation_of_a_net_without_normalization(images):
 
     for _ in range(3):
         params, state = step(params, state)
-    ledger = read(state)
+    ledger = read_moments(state)
     assert len(ledger) == 7 and ledger[-1].growth is None
     left = [site.scale**2 * site.moment for site in ledger]
     np.testing.assert_allclose(left, left[-1], rtol=1e-3)

@@ -10,11 +10,11 @@ import pytest
 from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from orthojax.analysis.cost import all_reduces
+from orthojax.benchmarks.cost import all_reduces
 from orthojax.models import PlainNet, ResNet, in_order, stack_blocks, unstack_blocks
 from orthojax.models.convolution import conv_general_dilated
-from orthojax.modulator import modulation
 from orthojax.sites import SITE
+from orthojax.sites.modulation import modulation
 from orthojax.training.state import init_state
 from orthojax.training.step import make_train_step
 from tests.models.small_nets import (

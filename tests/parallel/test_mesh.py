@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from orthojax.analysis.cost import all_reduces
+from orthojax.benchmarks.cost import all_reduces
 from orthojax.configs import digits_plain110
 from orthojax.errors import ConfigError
 from orthojax.parallel.mesh import (

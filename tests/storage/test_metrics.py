@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from orthojax.analysis.curves import draw_curves
 from orthojax.console import tell
 from orthojax.errors import UserError, WorkdirError
+from orthojax.pictures.curves import draw_curves
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.training.progress import Progress
 

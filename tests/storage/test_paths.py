@@ -11,9 +11,9 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
-from orthojax.analysis.curves import draw_curves
-from orthojax.data.dataset import load
+from orthojax.data.in_memory import load
 from orthojax.errors import DatasetError, UserError, WorkdirError
+from orthojax.pictures.curves import draw_curves
 from orthojax.storage.checksums import find_damage, write_checksums
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.storage.paths import (

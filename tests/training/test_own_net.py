@@ -9,11 +9,11 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 import orthojax
+from orthojax.commands import overrides
 from orthojax.configs import digits_plain110
 from orthojax.errors import ConfigError
-from orthojax.launch import overrides
-from orthojax.modulator import find_state
 from orthojax.sites import SITE
+from orthojax.sites.modulation import find_state
 from orthojax.training.compiled import abstract_state
 from orthojax.training.experiment import build
 from orthojax.training.train import train_and_evaluate
@@ -83,7 +83,7 @@ def test_it_trains_resumes_and_loads(net, modulated, tmp_path):
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
     again = train_and_evaluate(config, tmp_path / "stopped")
     assert (again["resumed_from_step"], again["test_loss"]) == (2, whole["test_loss"])
-    loaded = orthojax.load(tmp_path / "whole", "latest", own_net=config.model.name)
+    loaded = orthojax.load_classifier(tmp_path / "whole", "latest", own_net=config.model.name)
     found = loaded.predict(np.zeros((2, 8, 8, 1), np.uint8))
     assert found.shape == (2, 10)
     with pytest.raises(ValueError, match=f"can be folded, not {net}"):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from orthojax.commands.command_line import exit_status, keep_compiled_programs
 from orthojax.config.sections import to_json
 from orthojax.configs import (
     cifar10_plain,
@@ -28,16 +29,15 @@ from orthojax.configs import (
     imagenet_resnet,
 )
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
-from orthojax.launch.command_line import exit_status, keep_compiled_programs
-from orthojax.modulator import find_state
+from orthojax.sites.modulation import find_state
 from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.metrics import MetricWriter, read_metrics
 from orthojax.storage.workdir import claim, write_json_atomic
 from orthojax.training import train
 from orthojax.training.compiled import abstract_state, lower_train_step
 from orthojax.training.experiment import build
+from orthojax.training.loop import evaluate
 from orthojax.training.train import train_and_evaluate
-from orthojax.training.trainer import evaluate
 from tests.training.tiny import programs_shared, tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]

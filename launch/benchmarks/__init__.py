@@ -1,0 +1,1 @@
+"""What `launch/benchmark.py` measures, and how: timing, costs, figures with their spread."""

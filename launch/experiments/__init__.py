@@ -1,0 +1,1 @@
+"""The tables and figures: each module has `jobs(options)` and `report(options, results)`."""

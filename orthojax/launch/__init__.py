@@ -1,1 +1,0 @@
-"""Programs: `python -m orthojax.launch.train` and its siblings."""

@@ -1,0 +1,1 @@
+"""Pictures without pyplot: a frame of their own, and training curves."""
