@@ -4,25 +4,23 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from orthojax.config import parse_arguments
-from orthojax.isometry import isometric_bias
+from orthojax.configs._methods import METHODS, set_method
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
     """Arguments: depth, method, steps.
 
     depth (110): 6n + 2 layers.
-    method: `isometric`, this project's (delta-orthonormal kernels and a BN bias solved from the
-      depth), or `ortho`, the paper's start (Gram-Schmidt kernels and no bias), which modulation
-      alone gets to learn, in ten times as many steps.
-    steps: number of updates; 300, or 3,000 with `ortho`.
+    method: `near_isometric`, this project's (delta-orthonormal kernels and a BN bias solved from
+      the depth, modulation throughout); `paper` (orthonormal kernels and regularizer, modulation
+      for the first n steps); `baseline` (He initialization, L2, no modulation).
+    steps (300): number of updates.
     """
-    args = parse_arguments(arguments, depth=110, method=("isometric", "ortho"), steps=0)
-    ortho = args.method == "ortho"
-    steps = args.steps or (3_000 if ortho else 300)
+    args = parse_arguments(arguments, depth=110, method=METHODS, steps=300)
     config = ConfigDict(
         {
             "seed": 0,
-            "steps": steps,
+            "steps": args.steps,
             "batch_size": 128,
             "clip_grad_norm": placeholder(float),  # None: does not clip
             "dtype": "float32",
@@ -31,21 +29,13 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "name": "PlainNet",
                 "depth": args.depth,
                 "width": 8,
-                "kernel_init": "delta_orthonormal",
-                "bn_bias": round(isometric_bias(args.depth - 1), 2),
                 "scan": True,
                 "remat": "none",
             },
-            "modulation": {
-                "decay": 0.9,
-                "tolerance": 10.0,
-                "steps": placeholder(float),  # None: always
-            },
-            "regularizer": {"name": "ortho", "coefficient": 1e-4},
             "optimizer": {"name": "sgd", "learning_rate": 0.005, "momentum": 0.9},
             "schedule": {
                 "name": "step_decay",
-                "warmup_steps": min(20, steps),
+                "warmup_steps": min(20, args.steps),
                 "boundaries": (0.5, 0.75),
                 "factor": 0.1,
             },
@@ -58,11 +48,5 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1},
         }
     )
-    if ortho:
-        config.model.kernel_init, config.model.bn_bias = "orthonormal", 0.0
-        config.optimizer.learning_rate = 0.06
-        config.schedule = {"name": "linear", "warmup_steps": min(20, steps)}
-        config.recalibrate_bn = 1_280
-        config.clip_grad_norm = 1.0  # a burst of the error does not undo what has been learned
-        config.log_every, config.eval_every, config.checkpoint_every = 50, 250, 250
+    set_method(config, args.method)
     return config

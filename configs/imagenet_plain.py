@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from orthojax.config import parse_arguments
-from orthojax.configs.cifar10_plain import MODULATED_FRACTION
-from orthojax.isometry import isometric_bias
+from orthojax.configs._methods import METHODS, set_method
 
 TRAINING_IMAGES = 1_281_167
 BATCH_SIZE = 256
@@ -21,10 +20,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     """Arguments: depth, method, epochs, preset.
 
     depth (34): 34 or 101.
-    method: `ortho`, the paper's (orthonormal initialization and regularizer, modulation for the
-      first n steps); `isometric`, this project's (delta-orthonormal kernels and a BN bias
-      solved from the depth, modulation throughout); `l2`, the baseline (He initialization, L2, no
-      modulation).
+    method: `near_isometric`, this project's (delta-orthonormal kernels and a BN bias solved from
+      the depth, modulation throughout); `paper` (orthonormal kernels and regularizer, modulation
+      for the first n steps); `baseline` (He initialization, L2, no modulation).
     epochs (120): of the whole data set.
     preset: `full`; or `mini`, width 8, 64×64 crops, batches of 20 and 75 steps, float32: five
       epochs of a set of 300 images.
@@ -32,7 +30,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     args = parse_arguments(
         arguments,
         depth=34,
-        method=("ortho", "isometric", "l2"),
+        method=METHODS,
         epochs=120,
         preset=("full", "mini"),
     )
@@ -58,17 +56,9 @@ def get_config(arguments: str | None = None) -> ConfigDict:
                 "name": "ImageNetPlainNet",
                 "depth": args.depth,
                 "width": 8 if mini else 64,
-                "kernel_init": "orthonormal",
-                "bn_bias": 0.0,
                 "scan": True,
                 "remat": "none",
             },
-            "modulation": {
-                "decay": 0.9,
-                "tolerance": 10.0,
-                "steps": round(MODULATED_FRACTION * steps),
-            },
-            "regularizer": {"name": "ortho", "coefficient": 1e-4},
             "optimizer": {"name": "sgd", "learning_rate": 0.02 if mini else 0.1, "momentum": 0.9},
             "schedule": {
                 "name": "step_decay",
@@ -84,15 +74,7 @@ def get_config(arguments: str | None = None) -> ConfigDict:
             "mesh": {"data": -1, "fsdp": 1},
         }
     )
-    if args.method == "isometric":
-        config.model.kernel_init = "delta_orthonormal"
-        config.model.bn_bias = round(isometric_bias(args.depth - 1), 2)
-        with config.ignore_type():
-            config.modulation.steps = None
-        if not mini:
-            config.optimizer.learning_rate = 0.02  # not tuned
-    elif args.method == "l2":
-        config.model.kernel_init = "he"
-        config.modulation = None
-        config.regularizer = {"name": "l2", "coefficient": 1e-4}
+    set_method(config, args.method)
+    if args.method == "near_isometric" and not mini:
+        config.optimizer.learning_rate = 0.02  # not tuned
     return config

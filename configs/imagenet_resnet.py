@@ -4,19 +4,19 @@ from ml_collections import ConfigDict
 
 from orthojax.config import parse_arguments
 from orthojax.configs import imagenet_plain
+from orthojax.configs._methods import RESIDUAL_METHODS
 
 
 def get_config(arguments: str | None = None) -> ConfigDict:
-    """Arguments: depth (34), epochs (120), preset (`full` or `mini`), and method: `l2` or `ortho`.
+    """Arguments: depth (34), epochs (120), preset (`full` or `mini`), method (`baseline`, `paper`).
 
-    `ortho` is orthonormal initialization and regularizer; a residual net has no modulation.
+    `paper` is orthonormal initialization and regularizer; a residual net has no modulation.
     """
     args = parse_arguments(
-        arguments, depth=34, method=("l2", "ortho"), epochs=120, preset=("full", "mini")
+        arguments, depth=34, method=RESIDUAL_METHODS, epochs=120, preset=("full", "mini")
     )
     config = imagenet_plain.get_config(
         f"depth={args.depth},method={args.method},epochs={args.epochs},preset={args.preset}"
     )
-    config.model.name = "ImageNetResNet"
-    config.modulation = None
+    config.model.name, config.modulation = "ImageNetResNet", None
     return config

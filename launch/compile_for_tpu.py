@@ -1,8 +1,8 @@
 """Compiles a config's training step for TPUs, on a machine without one, and prints its costs.
 
-python launch/compile_for_tpu.py --config=configs/cifar10_plain.py:depth=110 --topology=v5e:4x4
-python launch/compile_for_tpu.py --config=configs/cifar10_plain.py:depth=110 \\
-    --compare=configs/cifar10_plain.py:depth=110,method=l2   # side by side, with ratios
+python launch/compile_for_tpu.py --config=cifar10_plain:depth=110 --topology=v5e:4x4
+python launch/compile_for_tpu.py --config=cifar10_plain:depth=110 \\
+    --compare=cifar10_plain:depth=110,method=baseline   # side by side, with ratios
 
 Needs the TPU compiler, `pip install -e '.[tpu]'`, and no data set. Nothing is run.
 """

@@ -32,7 +32,7 @@ VARIANTS = {  # name -> regularizer, tolerance of modulation
 def experiment(variant, depth, **model):
     """A plain net on CIFAR-10 without its images; `model` overrides keys of that section."""
     regularizer, tolerance = VARIANTS[variant]
-    config = get_config(f"depth={depth},method={'ortho' if tolerance else 'l2'}")
+    config = get_config(f"depth={depth},method={'paper' if tolerance else 'baseline'}")
     if tolerance:
         config.modulation.tolerance = tolerance
     config.regularizer = {"name": regularizer, "coefficient": 1e-4}

@@ -2,7 +2,7 @@
 # Fills in launch/cluster/kubernetes.yaml and applies it.
 #
 #   launch/cluster/kubernetes.sh --image=europe-docker.pkg.dev/my-project/images/orthojax:1 \
-#       --config=configs/cifar10_plain.py:depth=110 --workdir=gs://my-bucket/plain110
+#       --config=configs/cifar10_plain.py:depth=110,method=paper --workdir=gs://my-bucket/plain110
 #   kubectl logs --follow --selector=jobset.sigs.k8s.io/jobset-name=orthojax
 #
 # Options:

@@ -2,7 +2,7 @@
 # Trains on all hosts of a Cloud TPU slice, through preemptions, until the training is finished.
 #
 #   launch/cluster/tpu_pod.sh --project=my-project --zone=europe-west4-b --spot \
-#       --config=configs/cifar10_plain.py:depth=110 --workdir=gs://my-bucket/plain110 \
+#       --config=configs/cifar10_plain.py:depth=110,method=paper --workdir=gs://my-bucket/plain110 \
 #       --setup='pip install ".[prepare]" && python3 launch/prepare_data.py cifar10'
 #
 # It creates a queued resource, or takes the one of that name, and waits until it is ACTIVE; copies

@@ -2,7 +2,7 @@
 # Submits a training to a GKE cluster that xpk has created, on one or more TPU slices.
 #
 #   launch/cluster/xpk.sh --cluster=my-cluster --project=my-project --zone=us-west4-a \
-#       --config=configs/cifar10_plain.py:depth=110 --workdir=gs://my-bucket/plain110
+#       --config=configs/cifar10_plain.py:depth=110,method=paper --workdir=gs://my-bucket/plain110
 #
 # It exports the commit HEAD, nothing else, and hands it to `xpk workload create`, which puts it on
 # top of the base image, pushes that, and runs the command on every host. There the project is

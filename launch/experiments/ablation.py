@@ -91,8 +91,8 @@ FACTORS = {
 def the_recipe(options, dataset, depth):
     """The config that the arms of a data set and depth are changes of."""
     if dataset == "digits":
-        return digits(depth, "isometric", STEPS)
-    config = cifar10(depth, "isometric", "cpu", options.data_dir)
+        return digits(depth, "near_isometric", STEPS)
+    config = cifar10(depth, "near_isometric", "cpu", options.data_dir)
     config.steps = config.eval_every = config.checkpoint_every = STEPS
     config.model.bn_bias = CIFAR10_BIAS[depth]
     return config
@@ -107,7 +107,7 @@ def at_a_high_rate(options):
     }
     found = {}
     for level, (name, changes) in levels.items():
-        config = changed(digits(110, "isometric", STEPS), changes)
+        config = changed(digits(110, "near_isometric", STEPS), changes)
         config.optimizer.learning_rate = HIGH_RATE
         directory = options.workdir / "digits_110" / name
         factor = f"modulation at rate {HIGH_RATE:g}"
@@ -166,8 +166,8 @@ def report(options, results):
     write_report(
         options,
         TITLE,
-        f"{STEPS} steps of 128 images, width 8; the recipe is `method=isometric`. One factor is "
-        "varied at a time, except for BN bias and kernel, which are crossed. Each arm has the "
+        f"{STEPS} steps of 128 images, width 8; the recipe is `method=near_isometric`. One factor "
+        "is varied at a time, except for BN bias and kernel, which are crossed. Each arm has the "
         "learning rate with the smallest training loss of the first seed.",
         *parts,
     )

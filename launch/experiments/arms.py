@@ -14,23 +14,13 @@ MODULATED = {"decay": 0.9, "tolerance": 10.0}  # arguments of `orthojax.modulati
 
 
 def digits(depth, method, steps=300):
-    """A net of width 8 on the digits.
-
-    method: `isometric` (this project's), `ortho` (the paper's: modulated for the first 4 % of the
-    steps), `l2` (SGD and L2 from He initialization) or `residual` (that of a net with shortcuts).
-    """
-    config = digits_plain110.get_config(f"depth={depth},steps={steps}")
+    """A net of width 8 on the digits, by a method of the configs, or `residual`: the baseline's."""
+    residual = method == "residual"
+    named = "baseline" if residual else method
+    config = digits_plain110.get_config(f"depth={depth},method={named},steps={steps}")
     config.eval_every = config.checkpoint_every = steps
-    with config.ignore_type():
-        if method == "ortho":
-            config.model.kernel_init, config.model.bn_bias = "orthonormal", 0.0
-            config.modulation.steps = round(cifar10_plain.MODULATED_FRACTION * steps)
-        elif method != "isometric":
-            config.model.kernel_init, config.model.bn_bias = "he", 0.0
-            config.modulation = None
-            config.regularizer = {"name": "l2", "coefficient": 1e-4}
-        if method == "residual":
-            config.model.name = "ResNet"
+    if residual:
+        config.model.name = "ResNet"
     config.mesh.data = 1
     return config
 
@@ -38,7 +28,7 @@ def digits(depth, method, steps=300):
 def cifar10(depth, method, preset, data_dir=None):
     """A net on CIFAR-10: width 16 and the paper's protocol, or width 8 and 600 steps at 16×16."""
     if method == "residual":
-        config = cifar10_resnet.get_config(f"depth={depth},method=l2,preset={preset}")
+        config = cifar10_resnet.get_config(f"depth={depth},method=baseline,preset={preset}")
     else:
         config = cifar10_plain.get_config(f"depth={depth},method={method},preset={preset}")
     config.dataset.data_dir = data_dir

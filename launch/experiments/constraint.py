@@ -39,9 +39,9 @@ def keep(config, by):
 def config(dataset, depth, start, arm, rate, data_dir=None):
     """The config of an arm at a rate."""
     if dataset == "digits":
-        found = digits(depth, "isometric", STEPS)
+        found = digits(depth, "near_isometric", STEPS)
     else:
-        found = cifar10(depth, "isometric", "cpu", data_dir)
+        found = cifar10(depth, "near_isometric", "cpu", data_dir)
         found.steps = STEPS
     clip(found)
     found.eval_every = found.checkpoint_every = STEPS // 2

@@ -27,6 +27,7 @@ TITLES = {
     "imagenet101_ortho": "ResNet-101, orthonormal",
     "imagenet101_l2": "ResNet-101, He and L2",
 }
+METHODS = {"ortho": "paper", "l2": "baseline", "isometric": "near_isometric"}  # by the suffix
 IMAGENET = tuple(name for name in TITLES if name.startswith("imagenet"))
 
 
@@ -58,11 +59,12 @@ def about(options):
 
 def config(options, name):
     """One arm. The plain nets have no modulation, as in section 5.2, but sites that measure."""
-    net, regularizer = name.split("_")
+    net, suffix = name.split("_")
+    method = METHODS[suffix]
     depth = int("".join(filter(str.isdigit, net)))
     if name in IMAGENET:
-        return imagenet(depth, regularizer, options.preset, options.data_dir)
-    plain = cifar10(depth, regularizer, options.preset, options.data_dir)
+        return imagenet(depth, method, options.preset, options.data_dir)
+    plain = cifar10(depth, method, options.preset, options.data_dir)
     with plain.ignore_type():
         if net.startswith("plain"):
             plain.modulation = {"tolerance": 1e30}

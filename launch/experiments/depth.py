@@ -16,7 +16,7 @@ def jobs(options):
     """Each depth at a learning rate of its own. (The baseline is in `table2`: SGD.)"""
     return {
         depth: tuned(
-            digits(depth, "isometric"),
+            digits(depth, "near_isometric"),
             options.workdir / f"isometric{depth}",
             options.seeds,
             rates=LADDER,
@@ -32,7 +32,7 @@ def report(options, results):
     rows = []
     for depth, records in results.items():
         seconds = [record["seconds"] for record in records if record["seconds"] is not None]
-        bias, rate = digits(depth, "isometric").model.bn_bias, records[0]["learning_rate"]
+        bias, rate = digits(depth, "near_isometric").model.bn_bias, records[0]["learning_rate"]
         time = f"{statistics.fmean(seconds):.0f} s" if seconds else "-"
         rows.append([f"{depth:,}", f"{bias:g}", f"{rate:g}", accuracy(records), time])
     headings = ["layers", "BN bias", "learning rate", "test accuracy (%)", "time of a run"]

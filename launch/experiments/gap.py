@@ -10,7 +10,7 @@ from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
 TITLE = "Plain nets and their residual twins"
 DEPTHS = (44, 110)
-METHODS = ("isometric", "residual")
+METHODS = ("near_isometric", "residual")
 CLIPPED = "cifar10 clipped"
 
 
@@ -80,7 +80,7 @@ def _draw(results, pairs):
     for shift, method, color in zip((-0.2, 0.2), METHODS, COLORS, strict=False):
         for place, (dataset, depth) in enumerate(pairs):
             values = [100 * r["test_accuracy"] for r in results[f"{dataset},{method},{depth}"]]
-            label = None if place else {"isometric": "plain", "residual": "residual"}[method]
+            label = None if place else {"near_isometric": "plain", "residual": "residual"}[method]
             mean = statistics.fmean(values)
             axes.bar(place + shift, mean, 0.38, color=color, label=label)
             axes.plot([place + shift] * len(values), values, "k.", markersize=4)

@@ -20,7 +20,7 @@ MODULATED = {"off": 1e30, "on": 10.0}  # the tolerance: at any, sites measure
 
 def config(options, kept, modulated, rate):
     """The config of an arm at a rate."""
-    found = cifar10(DEPTH, "isometric", options.preset, options.data_dir)
+    found = cifar10(DEPTH, "near_isometric", options.preset, options.data_dir)
     lengthen(found, options.preset)
     found.observe_every, found.eval_every = 100, 1_000
     with found.unlocked(), found.ignore_type():

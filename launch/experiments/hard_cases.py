@@ -34,7 +34,7 @@ PRECISIONS = {
 
 def _vgg(kernel_scale, means):
     optimizer, rate, modulation = MEANS[means]
-    config = digits(44, "isometric", STEPS)
+    config = digits(44, "near_isometric", STEPS)
     with config.unlocked(), config.ignore_type():
         config.model = {"name": "experiments.vgg:Vgg", "kernel_scale": kernel_scale}
         config.modulation, config.regularizer = modulation, {"name": "none"}
@@ -46,7 +46,7 @@ def _vgg(kernel_scale, means):
 def _plain(net, precision):
     (_, depth), (model, steps) = net, NETS[net]
     dtype, loss_scale, modulation = PRECISIONS[precision]
-    config = digits(depth, "isometric", steps)
+    config = digits(depth, "near_isometric", steps)
     with config.unlocked(), config.ignore_type():
         config.model.update(model)
         config.dtype, config.loss_scale, config.modulation = dtype, loss_scale, modulation

@@ -19,12 +19,12 @@ from orthojax.storage.metrics import read_metrics
 TITLE = "Plain against residual, a long run"
 DEPTHS = (44, 110)
 METHODS = {
-    "isometric": "plain, near-isometric",
+    "near_isometric": "plain, near-isometric",
     "residual": "residual, He + L2",
-    "ortho": "plain, the paper's start, modulated",
-    "l2": "plain, He + L2",
+    "paper": "plain, the paper's start, modulated",
+    "baseline": "plain, He + L2",
 }
-STARTS = {"isometric": 0.05, "residual": 0.2, "ortho": 0.1, "l2": 0.1}  # of the ladder
+STARTS = {"near_isometric": 0.05, "residual": 0.2, "paper": 0.1, "baseline": 0.1}  # of the ladder
 # From He's start nets of 110 layers are at chance after the search, at any rate: they have the rate
 # of 44 layers, which is also that of Table 2, where the search takes 3,000 steps.
 LADDERS = {"l2,110": (0.1,)}
@@ -53,7 +53,7 @@ def config(options, method, depth, rate):
     found.model.width, found.eval_every = 16, 500
     found.optimizer.learning_rate = rate
     found.regularizer.coefficient = paper_coefficient(rate, found.steps)
-    if method == "ortho":
+    if method == "paper":
         with found.ignore_type():
             found.modulation.steps = None
     return found

@@ -8,8 +8,8 @@ from orthojax.experiments.sweep import over_seeds
 TITLE = "110 plain layers on 5,000 images of MNIST"
 DEPTH = 110
 SHORT = {  # arms of 300 steps at the rate that the near-isometric net has on the digits
-    "near-isometric": "isometric",
-    "SGD + L2 from He's start": "l2",
+    "near-isometric": "near_isometric",
+    "SGD + L2 from He's start": "baseline",
 }
 SHORT_RATE = 0.01
 LONG = {  # arms of the experiment `modulation`

@@ -2,7 +2,7 @@
 
 import statistics
 
-from orthojax.configs import digits_plain110
+from orthojax.configs import digits_modulated
 from orthojax.experiments.arms import LADDER, digits, folder, paper_coefficient
 from orthojax.experiments.report import CELLS, cells, table, write_report
 from orthojax.experiments.sweep import over_seeds, tuned
@@ -56,13 +56,13 @@ ORDER = (
 
 def config(depth, arm):
     """The config of an arm; all have the same schedule, a rate that falls linearly to 0."""
-    found = digits_plain110.get_config(f"depth={depth},method=ortho,steps={STEPS[depth]}")
+    found = digits_modulated.get_config(f"depth={depth},steps={STEPS[depth]}")
     found.eval_every = found.checkpoint_every = STEPS[depth] // 2
     found.mesh.data = 1
     strong, arm = arm.endswith(STRONG), arm.removesuffix(STRONG)
     with found.unlocked(), found.ignore_type():
         if arm == "SGD + L2":
-            baseline = digits(depth, "l2")
+            baseline = digits(depth, "baseline")
             found.model.kernel_init = baseline.model.kernel_init
             found.modulation, found.regularizer = None, baseline.regularizer
         elif arm == "LARS":
@@ -82,7 +82,7 @@ def config(depth, arm):
 def isometric(arm):
     """The config of an arm of `ISOMETRIC`, 110 layers."""
     rate, modulated = ISOMETRIC[arm]
-    found = digits(110, "isometric", ISOMETRIC_STEPS)
+    found = digits(110, "near_isometric", ISOMETRIC_STEPS)
     found.optimizer.learning_rate = rate
     with found.ignore_type():
         if not modulated:

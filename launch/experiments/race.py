@@ -11,7 +11,7 @@ from orthojax.storage.metrics import read_metrics
 TITLE = "The race: plain and residual nets, SGD and SOAP"
 NORMALIZED = {"kernel_init": "he", "bn_bias": 0.0}
 CARRYING = {"kernel_init": "carrying", "carry": 0.5}
-# Net -> changes of the model of `method=isometric`. A net of linear branches is plain once folded.
+# Net -> changes of the model of `near_isometric`. A net of linear branches is plain once folded.
 NETS = {
     "plain, near-isometric": {},
     "plain, DKS": {"norm": "none", "activation": "shaped_softplus"},
@@ -86,7 +86,7 @@ def directory(options, depth, length, net, optimizer, rest):
 
 def config(options, depth, length, net, rate, rest=None):
     """The config of a net at a rate: of all by SGD, or of the kernels by SOAP beside `rest`."""
-    made = cifar10(depth, "isometric", options.preset, options.data_dir)
+    made = cifar10(depth, "near_isometric", options.preset, options.data_dir)
     clip(made)
     made.model.width, made.steps, _ = LENGTHS[options.preset][length]
     made.schedule = {"name": "cosine", "warmup_steps": 100}

@@ -91,9 +91,9 @@ def _arms(depth):
 def config(dataset, depth, arm, data_dir=None):
     """The config of an arm; all have the budget, the schedule and clipped gradients in common."""
     if dataset == "digits":
-        found = digits(depth, "isometric", STEPS[dataset])
+        found = digits(depth, "near_isometric", STEPS[dataset])
     else:
-        found = cifar10(depth, "isometric", "cpu", data_dir)
+        found = cifar10(depth, "near_isometric", "cpu", data_dir)
         found.steps = STEPS[dataset]
         found.eval_every = found.checkpoint_every = STEPS[dataset] // 4
     model, sections = _arms(depth)[arm]

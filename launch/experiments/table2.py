@@ -33,11 +33,11 @@ RIVALS = {
 # Name -> method of the config, modulation (`first`: of the first 4 % of the steps; a number:
 # throughout, to that tolerance; None), its own rate's start, the paper's figures.
 OURS = {
-    "the paper's": ("ortho", "first", 0.05, (88.42, 81.6)),
-    "the paper's, modulated throughout": ("ortho", 1.0, 0.05, (None, 73.5)),
-    "the paper's, modulated as needed": ("ortho", 10.0, 0.05, (None, None)),
-    "near-isometric": ("isometric", None, 0.05, (None, None)),
-    "near-isometric, modulated as needed": ("isometric", 10.0, 0.05, (None, None)),
+    "the paper's": ("paper", "first", 0.05, (88.42, 81.6)),
+    "the paper's, modulated throughout": ("paper", 1.0, 0.05, (None, 73.5)),
+    "the paper's, modulated as needed": ("paper", 10.0, 0.05, (None, None)),
+    "near-isometric": ("near_isometric", None, 0.05, (None, None)),
+    "near-isometric, modulated as needed": ("near_isometric", 10.0, 0.05, (None, None)),
 }
 
 
@@ -52,7 +52,7 @@ def arms(options):
     found = {}
     for depth in DEPTHS:
         for name, (optimizer, start, _) in RIVALS.items():
-            rival = config(depth, "l2")
+            rival = config(depth, "baseline")
             rival.optimizer = {**optimizer, "learning_rate": SHARED_RATE}
             found[name, depth] = rival, start
         for name, (method, modulated, start, _) in OURS.items():

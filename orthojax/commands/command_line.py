@@ -162,7 +162,7 @@ def _help(module):
     lines += [
         "",
         "example:",
-        f"  {program_name()} --config=cifar10_plain:depth=110,method=isometric "
+        f"  {program_name()} --config=cifar10_plain:depth=110,method=near_isometric "
         "--config.optimizer.learning_rate=0.01",
     ]
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import os
 
 from orthojax import checks
 from orthojax.inference.classifier import Classifier
+from orthojax.parallel.processes import available_devices
 from orthojax.training.restore import read_trained
 
 
@@ -27,7 +28,8 @@ def load_classifier(
       model.
 
     Raises:
-      ConfigError: `workdir` is no path, `step` nothing of the above, or `own_net` no name.
+      ConfigError: `workdir` is no path, `step` nothing of the above, or `own_net` no name; or JAX
+        finds no device.
       WorkdirError: there is no run, no such step, something of it is damaged, or its net is
         somebody's own and not `own_net`.
 
@@ -45,4 +47,5 @@ def load_classifier(
         raise checks.refuse("step", step, "'best', 'latest' or the number of a step that is kept")
     if not isinstance(own_net, str | None):
         raise checks.refuse("own_net", own_net, "the package.module:Net of the run, or None")
+    available_devices()
     return Classifier(**vars(read_trained(workdir, step, own_net)))

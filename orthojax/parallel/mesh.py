@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from orthojax.errors import ConfigError
+from orthojax.parallel.processes import available_devices
 
 AXES = ("data", "fsdp")
 
@@ -39,7 +40,7 @@ def make_mesh(
       >>> dict(make_mesh(data=1).shape)
       {'data': 1, 'fsdp': 1}
     """
-    devices = list(_available() if devices is None else devices)
+    devices = list(available_devices() if devices is None else devices)
     total = len(devices)
     if fsdp < 1 or (data == -1 and total % fsdp):
         raise ConfigError(f"mesh.fsdp={fsdp} does not divide the {total} devices")
@@ -59,17 +60,6 @@ def make_mesh(
     return jax.make_mesh(
         (copies, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto), devices=chosen
     )
-
-
-def _available() -> list[jax.Device]:
-    try:
-        return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # a platform is asked for that is not there
-        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
-        raise ConfigError(
-            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}{reason}; unset it "
-            "to take what there is, or install what it needs: pip install 'orthojax-nets[cuda]'"
-        ) from error
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

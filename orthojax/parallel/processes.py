@@ -59,8 +59,21 @@ def initialize(
     )
 
 
+def available_devices() -> list[jax.Device]:
+    """Those of all processes; `ConfigError` where there is none of the platform asked for."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # a platform is asked for that is not there
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ConfigError(
+            f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}{reason}; unset it "
+            "to take what there is, or install what it needs: pip install 'orthojax-nets[cuda]'"
+        ) from error
+
+
 def is_first() -> bool:
     """Whether this is the process that writes records and speaks to the user."""
+    available_devices()
     return jax.process_index() == 0
 
 

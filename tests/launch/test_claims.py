@@ -33,5 +33,5 @@ def test_110_plain_layers_learn_the_digits(seed, tmp_path):
 
 @pytest.mark.slow
 def test_sgd_with_l2_stays_at_chance(tmp_path):
-    summary = run("digits_plain110_sgd.py", tmp_path / "run", seed=0)
+    summary = run("digits_plain110.py:method=baseline", tmp_path / "run", seed=0)
     assert summary["test_accuracy"] < 0.2

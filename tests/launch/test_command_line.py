@@ -154,8 +154,8 @@ def test_a_mistyped_config_says_where_it_was_looked_for(flags, tmp_path):
 
 
 def test_names_of_runs_are_fit_for_paths(flags):
-    flags("--config=configs/cifar10_plain.py:depth=44, method=l2")
-    assert config_flag.run_name() == "cifar10_plain-depth=44-method=l2"
+    flags("--config=configs/cifar10_plain.py:depth=44, method=baseline")
+    assert config_flag.run_name() == "cifar10_plain-depth=44-method=baseline"
     words = ["--config.seed=2", "--config.mesh.data=1", "--config.steps=9", "--config.log_every=1"]
     flags("--config=digits_plain110", *words, "--config.model.width=4", "--config.seed", "3")
     assert config_flag.run_name() == "digits_plain110-model.width=4-seed=3"

@@ -86,7 +86,10 @@ def test_the_8_layer_net_for_16_chips(tmp_path):
     records = tmp_path / "records.json"
     finished = compile_for_tpu(
         *("--config=configs/cifar10_plain.py:depth=8", "--config.model.scan=False"),
-        *("--compare=configs/cifar10_plain.py:depth=8,method=l2", "--compare.model.scan=False"),
+        *(
+            "--compare=cifar10_plain:depth=8,method=baseline",
+            "--compare.model.scan=False",
+        ),
         f"--json={records}",
     )
     assert finished.returncode == 0, finished.stderr

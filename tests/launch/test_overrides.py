@@ -53,7 +53,7 @@ def test_any_argument_of_what_a_section_stands_for(word, value):
 
 
 def test_a_section_that_is_none_is_made():
-    config, _ = overridden("modulation.steps=7", config=cifar10_plain.get_config("method=l2"))
+    config, _ = overridden("modulation.steps=7", config=cifar10_plain.get_config("method=baseline"))
     assert config.modulation.to_dict() == {"steps": 7}
     config, _ = overridden("mesh={'fsdp': 2}")
     assert config.mesh.to_dict() == {"fsdp": 2}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reproduce import Options
 
+from orthojax.commands.reproduce import Options
 from orthojax.configs import cifar10_plain
 from orthojax.errors import UserError
 from orthojax.experiments import (

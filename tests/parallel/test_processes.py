@@ -6,10 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from orthojax.errors import ConfigError
+from orthojax.parallel.processes import is_first
 from orthojax.storage.metrics import read_metrics
 from orthojax.training.train import train_and_evaluate
 from tests.parallel import small_config
@@ -95,6 +98,12 @@ def test_output_passes_as_it_is_in_any_encoding(stand_in):
     lines = out.splitlines()
     assert lines.count(b"\xc3\xa9t\xe9") == lines.count(b"[1] \xc3\xa9t\xe9") == 1
     assert lines.count(b"step") == lines.count(b"[1] step") == 20_000
+
+
+def test_a_platform_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("jax.devices", mock.Mock(side_effect=AssertionError))
+    with pytest.raises(ConfigError, match="no device of JAX_PLATFORMS=.*pip install"):
+        is_first()
 
 
 def test_a_refusal_of_process_0_reaches_everybody(tmp_path):

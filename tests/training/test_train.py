@@ -23,11 +23,12 @@ from orthojax.configs import (
     cifar10_plain,
     cifar10_resnet,
     digits_depth,
+    digits_modulated,
     digits_plain110,
-    digits_plain110_sgd,
     imagenet_plain,
     imagenet_resnet,
 )
+from orthojax.configs._methods import METHODS, RESIDUAL_METHODS
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.sites.modulation import find_state
 from orthojax.storage.checkpoint import Checkpointer
@@ -412,21 +413,18 @@ def test_bad_configs_are_refused_by_name(change, error, message, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-METHODS = ("ortho", "isometric", "l2")
-
-
 @pytest.mark.parametrize(
     "config",
     [
-        digits_plain110.get_config(),
-        digits_plain110_sgd.get_config(),
+        *(digits_plain110.get_config(f"method={m}") for m in METHODS),
+        digits_modulated.get_config(),
         digits_depth.get_config("depth=110"),
         *(cifar10_plain.get_config(f"method={m}") for m in METHODS),
         cifar10_plain.get_config("depth=110,preset=cpu"),
-        *(cifar10_resnet.get_config(f"method={m}") for m in ("l2", "ortho")),
+        *(cifar10_resnet.get_config(f"method={m}") for m in RESIDUAL_METHODS),
         *(imagenet_plain.get_config(f"method={m}") for m in METHODS),
         imagenet_plain.get_config("depth=101,preset=mini"),
-        *(imagenet_resnet.get_config(f"depth=101,method={m}") for m in ("l2", "ortho")),
+        *(imagenet_resnet.get_config(f"depth=101,method={m}") for m in RESIDUAL_METHODS),
     ],
 )
 def test_every_config_builds(config):
@@ -462,7 +460,7 @@ def test_trains_on_real_cifar10(tmp_path):
     data_dir = os.environ.get("ORTHOJAX_DATA_DIR")
     if not data_dir:
         pytest.skip("ORTHOJAX_DATA_DIR names no TFDS data directory with a prepared cifar10")
-    config = cifar10_plain.get_config("depth=8,method=isometric,preset=cpu")
+    config = cifar10_plain.get_config("depth=8,method=near_isometric,preset=cpu")
     config.update({"steps": 60, "batch_size": 64, "eval_every": 60})
     config.dataset.data_dir = data_dir
     config.model.width = 8
