@@ -1,6 +1,8 @@
 """`orthojax evaluate`, from a checkout."""
 
-from orthojax.commands.evaluate import start
+import sys
+
+from orthojax.__main__ import run
 
 if __name__ == "__main__":
-    start()
+    sys.exit(run("evaluate"))

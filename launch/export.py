@@ -1,6 +1,8 @@
 """`orthojax export`, from a checkout."""
 
-from orthojax.commands.export import start
+import sys
+
+from orthojax.__main__ import run
 
 if __name__ == "__main__":
-    start()
+    sys.exit(run("export"))

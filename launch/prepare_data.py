@@ -2,7 +2,7 @@
 
 import sys
 
-from orthojax.commands.prepare_data import start
+from orthojax.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(start())
+    sys.exit(run("prepare"))

@@ -1,6 +1,8 @@
 """`orthojax train`, from a checkout."""
 
-from orthojax.commands.train import start
+import sys
+
+from orthojax.__main__ import run
 
 if __name__ == "__main__":
-    start()
+    sys.exit(run("train"))

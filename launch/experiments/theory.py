@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from orthojax.experiments.report import table, write_report
 from orthojax.isometry import error_growth
 from orthojax.models import PlainNet
+from orthojax.models.growth import log_growth
 from orthojax.pictures.picture import COLORS, clear_frame, new_picture
-from orthojax.sites.growth import log_growth
 
 TITLE = "Growth of the squared error per layer at initialization"
 BIASES = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)

@@ -37,8 +37,8 @@ from orthojax.experiments import (
     table2,
 )
 from orthojax.models import PlainNet, in_order
+from orthojax.models.growth import log_growth
 from orthojax.sites import SITE
-from orthojax.sites.growth import log_growth
 from orthojax.storage.metrics import MetricWriter
 from orthojax.storage.workdir import claim, write_json_atomic
 from orthojax.training.experiment import build

@@ -1,17 +1,18 @@
 """Which axes the ready-made views see, on real modules of Flax, Equinox and on Haiku's layouts."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 from orthojax.describe import describe
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import optax_ortho, views
+
+nn = pytest.importorskip("flax.linen")
+nnx = pytest.importorskip("flax.nnx")
 
 
 def fans(params, view=None):

@@ -32,8 +32,8 @@ from flax import linen as nn
 
 from orthojax.isometry import passed_share, relu_variance
 from orthojax.models import PlainNet, unstack_blocks
+from orthojax.models.growth import site_moments
 from orthojax.sites import is_site, weights_only
-from orthojax.sites.growth import site_moments
 
 #: Up to so many decades between two layers the nets of this project have been seen to learn.
 LARGEST_DECADES = 5.0

@@ -10,7 +10,7 @@ import pytest
 
 from orthojax.isometry import error_growth
 from orthojax.models import PlainNet, in_order, unstack_blocks
-from orthojax.sites.ledger import Entry, Ledger, alignment, bias_term, growth_ledger
+from orthojax.models.ledger import Entry, Ledger, alignment, bias_term, growth_ledger
 
 # Wide: what theory leaves out goes with the width.
 NET = PlainNet(depth=14, width=32, kernel_init="delta_orthonormal", bn_bias=1.0)
