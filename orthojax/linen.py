@@ -15,6 +15,7 @@ import jax
 from flax import linen as nn
 
 from orthojax import checks
+from orthojax.errors import ConfigError
 from orthojax.sites import SITE, init_site, modulate
 
 PARAMETRIC = (nn.Conv, nn.ConvLocal, nn.ConvTranspose, nn.Dense, nn.DenseGeneral, nn.Einsum)
@@ -81,7 +82,7 @@ class Modulated(nn.Module):
 
     Raises:
       ConfigError: `net` is no module or `where` no function.
-      TypeError: `where` chose a module that does not return one array.
+      ConfigError: `where` chose a module that does not return one array.
     """
 
     net: nn.Module
@@ -105,7 +106,7 @@ class Modulated(nn.Module):
             if context.method_name != "__call__" or not self.where(module, module.path):
                 return y
             if not isinstance(y, jax.Array):
-                raise TypeError(
+                raise ConfigError(
                     f"`where` chose {'/'.join(module.path)}, a {type(module).__name__}, but a site "
                     f"stands behind one array and this returns a {type(y).__name__}"
                 )

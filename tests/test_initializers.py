@@ -2,7 +2,6 @@
 
 import warnings
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +135,7 @@ def test_strided_layers_keep_the_norm_of_what_they_read(channels):
 
 @pytest.mark.parametrize("make", [orthonormal, delta_orthonormal])
 def test_in_flax_layers(make):
+    nn = pytest.importorskip("flax.linen")
     for layer, x in [
         (nn.Dense(3, kernel_init=make()), jnp.ones((2, 4))),
         (nn.DenseGeneral((2, 3), kernel_init=make()), jnp.ones((2, 8))),
@@ -148,6 +148,7 @@ def test_in_flax_layers(make):
 
 @pytest.mark.parametrize(("groups", "outputs"), [(1, 16), (2, 4), (8, 16)])
 def test_delta_kernels_of_grouped_convolutions_are_isometries(groups, outputs):
+    nn = pytest.importorskip("flax.linen")
     layer = nn.Conv(
         outputs,
         (3, 3),

@@ -12,6 +12,7 @@ from flax import linen as nn
 from flax.training.train_state import TrainState
 
 import orthojax
+from orthojax.errors import ConfigError
 from orthojax.linen import Modulated
 from orthojax.sites import SITE, measurement, weights_only
 from orthojax.sites.modulation import find_state
@@ -211,7 +212,7 @@ def test_where_chooses_by_module_and_path():
     params = init(Modulated(Deep(3, scan=False), where), batch())
     assert [name for name in params if SITE in str(jax.tree.structure(params[name]))] == ["block_1"]
     whole = Modulated(Deep(3, scan=False), where=lambda module, path: isinstance(module, Block))
-    with pytest.raises(TypeError, match="chose block_0, a Block, .* returns a tuple"):
+    with pytest.raises(ConfigError, match="chose block_0, a Block, .* returns a tuple"):
         init(whole, batch())
 
 
