@@ -42,7 +42,7 @@ class Row:
         return not self.reason
 
     def cells(self, note: str = "") -> tuple[str, ...]:
-        """The row as text, one cell for each heading; a note stands in the place of a reason."""
+        """The row as text, one cell for each heading; a note stands instead of a reason."""
         shape = "×".join(map(str, self.shape)) or "scalar"
         if self.fan is None or self.reason:
             return (self.path, shape, "", "", "", f"no: {note or self.reason}", "")

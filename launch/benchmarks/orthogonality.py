@@ -89,7 +89,7 @@ def _descended(make, request):
 
 
 def _error(matrices):
-    """The largest `‖WᵀW − I‖_F / √n`; a large number in the place of NaN, which JSON has not."""
+    """The largest `‖WᵀW − I‖_F / √n`; a large number instead of NaN, which JSON has not."""
     matrices = np.asarray(matrices, np.float64)
     gram = np.swapaxes(matrices, 1, 2) @ matrices
     excess = np.linalg.norm(gram - np.eye(gram.shape[-1]), axis=(1, 2)) / gram.shape[-1] ** 0.5

@@ -10,7 +10,7 @@ from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 TITLE = "Penalty, constraint, or neither"
 STEPS = 600
 TIME_CONSTANTS = 3.0  # of the penalty, that a run lasts
-# What tells most first: to interrupt it is to have the beginning.
+# Most important first, so an interrupted run is still useful.
 BENCHES = (("digits", 44), ("digits", 110), ("cifar10", 44), ("cifar10", 110))
 STARTS = {"the paper's start": 0.1, "near-isometric": 0.05}  # where the search for a rate begins
 ARMS = ("neither", "penalty", "constraint")

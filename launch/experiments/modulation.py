@@ -37,7 +37,7 @@ ISOMETRIC = {
     for modulated in ("modulated", "off")
 }
 STRONG = ", strong regularizer"  # λ Σ η is the paper's
-# What matters most first: to interrupt it is to have the beginning of this list.
+# Most important first, so an interrupted run is still useful.
 ORDER = (
     (110, "modulated"),
     *((depth, arm) for depth in SEARCHED[::-1] for arm in ("modulated", "off", "SGD + L2")),

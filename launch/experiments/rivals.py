@@ -9,7 +9,7 @@ from orthojax.mean_field import critical_tanh, normalized_tanh_scale
 from orthojax.pictures.picture import clear_frame, new_picture
 
 TITLE = "Training without shortcuts: everybody's way"
-# What tells most first: to interrupt it is to have the beginning.
+# Most important first, so an interrupted run is still useful.
 DEPTHS = {"digits": (110, 44, 302), "cifar10": (44, 110, 302)}
 STEPS = {"digits": 300, "cifar10": 600}
 BIAS_VARIANCE = 2.01e-5  # that of Xiao et al.'s 10,000 layers

@@ -1,4 +1,4 @@
-"""The activations that a net may have in the place of ReLU, and what each needs of its kernels."""
+"""The activations that a net may have instead of ReLU, and what each needs of its kernels."""
 
 import dataclasses
 import functools

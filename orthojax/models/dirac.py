@@ -9,7 +9,7 @@ from jax import lax
 
 
 def dirac(module: nn.Module, features: int, convolve: Callable | None = None) -> Callable:
-    r"""A convolution with :math:`a_m \delta + b_m W_m / \|W_m\|` in the place of each filter W_m.
+    r"""A convolution with :math:`a_m \delta + b_m W_m / \|W_m\|` instead of each filter W_m.
 
     :math:`\delta` is the kernel of the identity; a and b are trained, one for each output, and
     begin at 1 and 0.1.

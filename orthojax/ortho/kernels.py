@@ -126,7 +126,7 @@ def check_selection(mask: Any, view: Any, grouping: str) -> None:
     """Of the arguments that choose kernels, what is wrong whatever the parameters are.
 
     Raises:
-      ConfigError: An unknown grouping; a mask or view that is no such thing.
+      ConfigError: An unknown grouping; an invalid mask or view.
     """
     checks.choice("grouping", grouping, GROUPINGS)
     check_mask_and_view(mask, view)
@@ -185,12 +185,12 @@ def find_kernels(
 ) -> list[tuple[str, Any, "Kernel | str | ConfigError"]]:
     """`(path, array, kernel)` of every leaf, `None` leaves included.
 
-    In the place of the kernel stands the reason why the leaf is none, or the error that using it
+    Instead of the kernel stands the reason why the leaf is none, or the error that using it
     would raise: the view cannot tell its axes, or says what does not fit it.
 
     Raises:
-      ConfigError: `params` is no tree; an unknown grouping; a mask or view that is no such thing or
-        says nothing about a parameter; two parameters at one path.
+      ConfigError: `params` is no tree; an unknown grouping; an invalid mask or view, or one
+        that says nothing about a parameter; two parameters at one path.
     """
     check_selection(mask, view, grouping)
     checks.tree("params", params)
@@ -221,7 +221,7 @@ def map_blocks(
     kernels: list[tuple[jax.Array, Kernel]],
     *others: list[jax.Array],
 ) -> list[jax.Array]:
-    """`function(blocks, identity, layout)` of every kernel, called once for the small of a layout.
+    """`function(blocks, identity, layout)` of every kernel; batches small kernels of one layout.
 
     Args:
       function: Maps blocks `(b, *inputs, n)`, targets `(b, n, n)` or `(1, n, n)`, and their layout

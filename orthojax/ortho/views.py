@@ -155,7 +155,7 @@ def equinox(
     a question.
 
     Args:
-      strides: Pattern of the path to window strides, in the place of the layer's own (read by the
+      strides: Pattern of the path to window strides, instead of the layer's own (read by the
         `conv` variant alone).
       overrides: Pattern of the path to axes (or `None`: no kernel); first of all rules.
 

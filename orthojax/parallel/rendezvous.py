@@ -1,4 +1,4 @@
-"""Who is there, before anybody waits for all: so that who is missing has a name."""
+"""Finds missing processes before `jax.distributed` blocks, and names them."""
 
 import contextlib
 import ipaddress

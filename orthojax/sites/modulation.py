@@ -85,7 +85,7 @@ def modulation(
         observes, and the weights are trained by `inner` alone, bit for bit.
       steps: modulate during the first `steps` updates only; infinity is always.
       decay: of the running moment, in [0, 1); a plain mean until `1 / (1 - decay)` are measured.
-      reference: a constant in the place of the running moment, for every site, the topmost too;
+      reference: a constant instead of the running moment, for every site, the topmost too;
         with a tolerance of 1 all layers then train on errors of one size, however small the loss
         (backward gradient normalization). None is the running moment.
 

@@ -18,7 +18,7 @@ HEAD = "head"  # the module of our own nets that gives the logits
 def take_over(
     state: TrainState, source: Trained, class_names: Sequence[str]
 ) -> tuple[TrainState, str]:
-    """Puts the weights and BN statistics of a trained net in the place of fresh ones.
+    """Replaces fresh weights and BN statistics by those of a trained net.
 
     The head stays fresh where the classes differ, and so do modulation sites and the state of the
     optimizer.

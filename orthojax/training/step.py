@@ -139,7 +139,7 @@ def make_recalibrate(
       gather: see `make_train_step`.
 
     Returns:
-      `recalibrate(state, images) -> state`, with the statistics of the images in the place of the
+      `recalibrate(state, images) -> state`, with the statistics of the images instead of the
       running ones; it is for evaluation alone.
     """
 
@@ -151,7 +151,7 @@ def make_recalibrate(
 
 
 def batch_statistics(net: nn.Module, variables: Any, images: jax.Array) -> Any:
-    """BN statistics of one batch, in the place of the running ones.
+    """BN statistics of one batch, instead of the running ones.
 
     Args:
       net: called as `net(images, train=True)`; it has `bn_groups`.

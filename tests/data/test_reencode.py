@@ -279,7 +279,7 @@ def test_what_cannot_be_used_is_named(data_dir, arguments, message):
 
 
 def test_missing_packages_and_places_that_cannot_be_written_are_named(data_dir, monkeypatch):
-    (data_dir / f"{NAME}_{SIZE}").write_text("a file in the place of a directory")
+    (data_dir / f"{NAME}_{SIZE}").write_text("a file instead of a directory")
     with pytest.raises(DatasetError, match=f"cannot write .*{NAME}_{SIZE}.*make room"):
         reencode.reencode(NAME, SIZE, str(data_dir), workers=1)
     monkeypatch.setattr(reencode, "PACKAGES", ("simplejpeg", "no_such_package"))

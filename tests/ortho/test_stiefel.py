@@ -211,7 +211,7 @@ def pca(rng):
 
 
 def assignment(rng):
-    """min tr(A W B Wᵀ), the quadratic assignment with W orthogonal in the place of a permutation.
+    """min tr(A W B Wᵀ), the quadratic assignment with W orthogonal instead of a permutation.
 
     The optimum is the smallest scalar product of the eigenvalues (Finke, Burkard and Rendl 1987).
     """

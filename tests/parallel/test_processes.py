@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, capsys)
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Starts launch/local_processes.py with another program in the place of train.py."""
+    """Starts launch/local_processes.py with another program instead of train.py."""
     shutil.copy(ROOT / "launch" / "local_processes.py", tmp_path)
 
     def start(program):
