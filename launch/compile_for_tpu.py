@@ -4,7 +4,7 @@ python launch/compile_for_tpu.py --config=cifar10_plain:depth=110 --topology=v5e
 python launch/compile_for_tpu.py --config=cifar10_plain:depth=110 \\
     --compare=cifar10_plain:depth=110,method=baseline   # side by side, with ratios
 
-Needs the TPU compiler, `pip install -e '.[tpu]'`, and no data set. Nothing is run.
+Needs the TPU compiler, `pip install -e '.[train,tpu]'`, and no data set. Nothing is run.
 """
 
 import dataclasses

@@ -30,7 +30,7 @@ def define_config(default="digits_plain110", name="config"):
         name,
         default,
         "Config, by name or file, with its arguments after a colon: "
-        f"cifar10_plain:depth=44,method=ortho. Any key of it: --{name}.KEY=VALUE.",
+        f"cifar10_plain:depth=44,method=paper. Any key of it: --{name}.KEY=VALUE.",
     )
 
 
