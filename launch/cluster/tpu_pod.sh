@@ -144,7 +144,7 @@ alive='kill -0 "$(cat train.pid 2> /dev/null)" 2> /dev/null'
 install="set -e; mkdir -p orthojax; cd orthojax; if $alive; then exit; fi; \
 tar -xzf ../orthojax.tar.gz; curl -LsSf https://astral.sh/uv/install.sh | sh; \
 ~/.local/bin/uv venv --clear --seed --python=3.12 .venv; . .venv/bin/activate; \
-pip install '.[tpu,gcs]'; $setup"
+pip install '.[train,tpu,gcs]'; $setup"
 train=$(quote python3 launch/train.py --distributed "--config=$config" "--workdir=$workdir" "$@")
 detached=". .venv/bin/activate; export PYTHONUNBUFFERED=1; trap : TERM; $train; \
 echo \$? > train.status"

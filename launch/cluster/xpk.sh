@@ -102,5 +102,5 @@ else
   run git archive --format=tar "--output=$source.tar" HEAD
   run tar -xf "$source.tar" -C "$source"
   run "${workload[@]}" "--base-docker-image=$base_docker_image" "--script-dir=$source" \
-    "--command=pip install '.[tpu,gcs]' && $train"
+    "--command=pip install '.[train,tpu,gcs]' && $train"
 fi
