@@ -27,7 +27,7 @@ MODULES = ("sites", "initializers", "isometry", "matrices", "mean_field", "ortho
 FACES = ("", "ortho", "models", "linen")  # what these name in `__all__`, or define
 PROMISED = (ValueError, TypeError)  # ConfigError is a ValueError
 # They start programs or read directories, and have tests of their own.
-ELSEWHERE = {"load", "train_and_evaluate"}
+ELSEWHERE = {"load_classifier", "train_and_evaluate"}
 # A protocol and an abstract net, of which there are no objects; what layers call, not users.
 NOT_CALLED = {"Variant", "ConvNet", "rescaling", "vary_like", "is_site", "weights_only"}
 
@@ -55,7 +55,7 @@ VALID: dict[str, Any] = dict(
 )  # fmt: skip
 OF: dict[tuple[str, str], Any] = {
     ("modulation", "params"): SITED,
-    ("read", "opt_state"): orthojax.modulation(optax.sgd(0.1)).init(SITED),
+    ("read_moments", "opt_state"): orthojax.modulation(optax.sgd(0.1)).init(SITED),
     ("Shaped", "inner"): 1.0,
     ("KernelAxes", "strides"): 1,
     ("OrthogonalConv", "strides"): 1,

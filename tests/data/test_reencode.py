@@ -13,7 +13,7 @@ simplejpeg = pytest.importorskip("simplejpeg")
 pytest.importorskip("cv2")
 
 from orthojax.data import fake_data, jpeg, load, prepare, prepared, reencode  # noqa: E402
-from orthojax.errors import DatasetError, UserError  # noqa: E402
+from orthojax.errors import DatasetError, MissingExtraError, UserError  # noqa: E402
 from tests.data.prepare_data import prepare_data  # noqa: E402
 
 NAME, CONFIG, SIZE = "orthojax_photographs", "summer", 24
@@ -209,7 +209,7 @@ def test_what_is_interrupted_leaves_nothing_prepared(data_dir, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         reencode.reencode(NAME, SIZE, str(data_dir), workers=1)
     assert files(data_dir / NAME) == before
-    with pytest.raises(DatasetError, match=f"prepare_data.py {NAME}/{CONFIG} .*--resize={SIZE}"):
+    with pytest.raises(DatasetError, match=f"orthojax prepare {NAME}/{CONFIG} .*--resize={SIZE}"):
         load(SQUARES, str(data_dir))
     reencode.reencode(NAME, SIZE, str(data_dir), workers=1)
     assert len(examples(SQUARES, data_dir, "train")) == 23
@@ -261,7 +261,7 @@ def test_damaged_records_are_told(data_dir, damage):
     [
         (dict(name="imagenet2013"), "unknown data set 'imagenet2013'; did you mean imagenet2012"),
         (dict(name="orthojax_squares"), "'orthojax_squares' are all of 8x8 pixels; choose"),
-        (dict(name=f"{NAME}_12"), f"prepare_data.py {NAME} .*--resize=12"),
+        (dict(name=f"{NAME}_12"), f"orthojax prepare {NAME} .*--resize=12"),
         (dict(name="no_such_set_256"), "unknown data set 'no_such_set_256'"),
         (dict(name="orthojax_squares_256"), "unknown data set 'orthojax_squares_256'"),
         (dict(size=0), "size=0 must be an integer of at least 1"),
@@ -282,6 +282,6 @@ def test_missing_packages_and_places_that_cannot_be_written_are_named(data_dir, 
     (data_dir / f"{NAME}_{SIZE}").write_text("a file instead of a directory")
     with pytest.raises(DatasetError, match=f"cannot write .*{NAME}_{SIZE}.*make room"):
         reencode.reencode(NAME, SIZE, str(data_dir), workers=1)
-    monkeypatch.setattr(reencode, "PACKAGES", ("simplejpeg", "no_such_package"))
-    with pytest.raises(DatasetError, match=r"needs no_such_package.*\n.*-e '.\[imagenet\]'"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"needs grain, .*: pip install .*\[imagenet\]"):
         reencode.reencode(NAME, SIZE, str(data_dir))

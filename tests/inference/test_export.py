@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from orthojax.data.preprocessing import Preprocessing
-from orthojax.errors import UserError
+from orthojax.errors import MissingExtraError
 from orthojax.inference.classifier import Classifier
 from orthojax.inference.export import export
 from orthojax.inference.folding import FoldedNet, fold_batch_norm
@@ -110,7 +110,7 @@ for name in ("whole", "folded"):
 
 def test_without_the_extra_it_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install -e '.\[export\]'"):
+    with pytest.raises(MissingExtraError, match=r"exporting needs flatbuffers: pip .*\[export\]"):
         export(make_classifier(PlainNet), tmp_path / "net.stablehlo")
 
 

@@ -15,7 +15,7 @@ import pytest
 import orthojax
 from orthojax import data
 from orthojax.data.preprocessing import Preprocessing
-from orthojax.errors import DatasetError, WorkdirError
+from orthojax.errors import DatasetError, MissingExtraError, WorkdirError
 from orthojax.inference.evaluation import evaluate
 from orthojax.sites import is_site
 from orthojax.storage.checksums import write_checksums
@@ -210,7 +210,8 @@ def test_pictures_are_read_without_the_extra_too(tmp_path, monkeypatch):
     PIL.Image.new("RGB", (40, 40), (9, 200, 9)).save(tmp_path / "picture.jpg")
     small = Preprocessing((8, 8, 3), ("a",), np.zeros((8, 8, 3)), np.ones((8, 8, 3)))
     assert np.abs(small.read(tmp_path / "picture.jpg") - np.array([9, 200, 9.0])).max() < 3
-    with pytest.raises(DatasetError, match=r"photographs needs OpenCV: pip install .*\[imagenet\]"):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"photographs needs .*cv2: pip .*\[imagenet\]"):
         Preprocessing((8, 8, 3), ("a",), resize=9).read(tmp_path / "picture.jpg")
 
 
@@ -283,7 +284,7 @@ def test_a_run_brings_no_code_along(copy, tmp_path, monkeypatch):
     seal(copy, "config.json")
     for own_net in (None, "others:Net", "theirs:Other"):
         with pytest.raises(
-            WorkdirError, match=r"theirs:Net.*load\(workdir, own_net='theirs:Net'\)"
+            WorkdirError, match=r"theirs:Net.*load_classifier\(workdir, own_net='theirs:Net'\)"
         ):
             orthojax.load_classifier(copy, own_net=own_net)
     assert not (copy / "executed").exists()

@@ -14,7 +14,7 @@ import pytest
 
 from orthojax.caches import cache_directory
 from orthojax.commands import command_line, config_flag
-from orthojax.data import source
+from orthojax.data import prepared
 from orthojax.errors import ConfigError, UserError
 from orthojax.storage.paths import local_path, to_path
 
@@ -25,7 +25,7 @@ TRAIN = pathlib.Path(__file__).parents[2] / "launch" / "train.py"
 def test_help_lists_the_flags_the_configs_and_an_example(flag, program):
     code, out, _ = program("train", flag)
     assert code == 0
-    for words in ("--config:", "--workdir:", "cifar10_plain:", "method: `ortho`"):
+    for words in ("--config:", "--workdir:", "cifar10_plain:", "method: `near_isometric`"):
         assert words in out
     assert out.strip().splitlines()[-1].strip().startswith("python launch/train.py --config=")
 
@@ -221,7 +221,7 @@ def test_without_a_home_nothing_is_called_a_tilde(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="~/runs: there is no home directory ~; set HOME"):
             place("~/runs")
     with pytest.raises(UserError, match="~/tensorflow_datasets: there is no home"):
-        source.named_builder("digits", None)
+        prepared.named_builder("digits", None)
 
     assert not list(tmp_path.iterdir())
 

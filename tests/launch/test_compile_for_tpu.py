@@ -76,7 +76,7 @@ def test_a_bad_config_is_named(flag, named, program):
 @pytest.mark.skipif(INSTALLED, reason="the TPU compiler is installed")
 def test_without_the_compiler_the_extra_is_named(program):
     finished = program("compile_for_tpu")
-    assert finished.code == 2 and "pip install -e '.[tpu]'" in finished.err
+    assert finished.code == 2 and "pip install 'orthojax-nets[tpu]'" in finished.err
 
 
 @pytest.mark.slow

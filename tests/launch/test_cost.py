@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from orthojax.benchmarks.cost import all_reduces, measure, tpu_devices
-from orthojax.errors import ConfigError
+from orthojax.errors import MissingExtraError
 
 
 @pytest.fixture(scope="module")
@@ -77,5 +77,5 @@ def test_asynchronous_all_reduces_count_once():
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install -e '.\[tpu\]'"):
+    with pytest.raises(MissingExtraError, match=r"needs libtpu: pip install .*\[tpu\]"):
         tpu_devices("v5e:4x4")

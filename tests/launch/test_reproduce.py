@@ -95,7 +95,7 @@ def test_a_penalty_decays_by_its_time_constants_in_a_run():
 
 
 def test_regularizers_do_in_shorter_runs_what_the_papers_does_in_its_own(options):
-    paper = _strength(cifar10_plain.get_config())
+    paper = _strength(cifar10_plain.get_config("method=paper"))
     for preset in PRESETS:
         options = dataclasses.replace(options, preset=preset)
         assert _strength(curves.config(options, "plain44_ortho")) == pytest.approx(paper, rel=0.01)
@@ -268,8 +268,8 @@ def test_a_long_run_is_drawn_and_its_last_steps_averaged(options):
     assert (options.workdir / "long_run.png").read_bytes().startswith(b"\x89PNG")
     curves = _curves(options.workdir)
     assert len(curves) == 2 * len(options.seeds) * len(long_run.METHODS)
-    assert curves["ortho44/lr0.01-steps300-seed1", "test"] == ([800], [50.0])
-    assert curves["ortho44/lr0.01-steps300-seed1", "train"][1][:3] == [5.0, 10.0, 15.0]
+    assert curves["paper44/lr0.01-steps300-seed1", "test"] == ([800], [50.0])
+    assert curves["paper44/lr0.01-steps300-seed1", "train"][1][:3] == [5.0, 10.0, 15.0]
 
 
 def test_the_race_has_two_rates_for_soap_and_is_drawn_against_cpu_time(options):

@@ -11,9 +11,9 @@ import pytest
 
 from orthojax.configs import digits_plain110
 from orthojax.errors import DivergenceError, WorkdirBusyError, WorkdirError
+from orthojax.experiments import sweep
 from orthojax.storage.metrics import MetricWriter
 from orthojax.storage.workdir import claim
-from orthojax.training import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
 LADDER = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -140,8 +140,8 @@ WORKER = """
 import pathlib, sys, time
 from orthojax.storage.metrics import MetricWriter
 from orthojax.storage.workdir import claim
-from orthojax.training import sweep
-from tests.training.test_sweep import short_jobs
+from orthojax.experiments import sweep
+from tests.launch.test_sweep import short_jobs
 
 def train(config, workdir, callbacks):
     claim(workdir, config)

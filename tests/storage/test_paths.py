@@ -12,7 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
 from orthojax.data.in_memory import load
-from orthojax.errors import DatasetError, UserError, WorkdirError
+from orthojax.errors import DatasetError, MissingExtraError, UserError, WorkdirError
 from orthojax.pictures.curves import draw_curves
 from orthojax.storage.checksums import find_damage, write_checksums
 from orthojax.storage.metrics import MetricWriter, read_metrics
@@ -191,7 +191,9 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(WorkdirError, match="s3://bucket.*only gs://"):
         to_path("s3://bucket/run")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(WorkdirError, match=r"gs://bucket/run needs the extra \[gcs\]: pip install"):
+    with pytest.raises(
+        MissingExtraError, match=r"gs://bucket/run needs gcsfs: pip install .*\[gcs\]"
+    ):
         to_path("gs://bucket/run")
 
 
