@@ -110,12 +110,13 @@ def _train(run: Run, stream: Any) -> Record:
             return {**record, **nothing, **none_right, "diverged": str(error)}
     last = []
     for metrics in read_metrics(run.workdir):
-        if metrics["kind"] == "train" and metrics["step"] > 0.9 * run.config.steps:
+        if metrics["kind"] == "train" and metrics["step"] > 0.9 * summary["steps"]:
             last.append(metrics)
         elif metrics["kind"] == "layers":
             record["orthonormality_error"] = metrics["orthonormality_error"]
     return {
         **record,
+        "steps": summary["steps"],
         "test_accuracy": summary["test_accuracy"],
         "train_loss": statistics.fmean(metrics["loss"] for metrics in last),
         "train_accuracy": statistics.fmean(metrics["accuracy"] for metrics in last),
