@@ -61,13 +61,12 @@ def main():
     write_picture(found.draw(), output / files[1])
     chosen = ", chosen by the validation split" if about["chosen_by"] else ""
     split = "the test split" if options.split is None else f"split {printable(options.split)}"
-    tell(f"step {classifier.step:,}{chosen}, on {split}", sys.stdout)
-    show(found)
+    show(found, f"step {classifier.step:,}{chosen}", split)
     tell(f"\nwritten to {output}: {', '.join(files)}", sys.stdout)
 
 
-def show(found):
-    tell(f"{found.confusion.sum():,} images", sys.stdout)
+def show(found, step, split):
+    tell(f"{step}, {found.confusion.sum():,} images of {split}", sys.stdout)
     tell(f"top-1 {found.accuracy:.2%}  top-5 {found.top5_accuracy:.2%}", sys.stdout)
     tell(f"loss  {found.loss:.4f}\n", sys.stdout)
     names = [*map(printable, found.class_names)]
