@@ -116,7 +116,6 @@ def _train(run: Run, stream: Any) -> Record:
             record["orthonormality_error"] = metrics["orthonormality_error"]
     return {
         **record,
-        "steps": summary["steps"],
         "test_accuracy": summary["test_accuracy"],
         "train_loss": statistics.fmean(metrics["loss"] for metrics in last),
         "train_accuracy": statistics.fmean(metrics["accuracy"] for metrics in last),
