@@ -49,7 +49,7 @@ def first_kernel(workdir: str | os.PathLike, own_net: str | None = None) -> np.n
     """The stem's kernel, (H, W, C, M), of the newest checkpoint."""
     try:
         return np.asarray(
-            load(workdir, "latest", own_net).variables["params"]["stem"]["conv"]["kernel"]
+            load(workdir, own_net=own_net).variables["params"]["stem"]["conv"]["kernel"]
         )
     except KeyError:
         raise UserError(f"the net of {workdir} has no params/stem/conv/kernel to draw") from None

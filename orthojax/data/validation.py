@@ -6,6 +6,7 @@ stretch it is was drawn once and for all, and depends on the two sizes alone.
 """
 
 import dataclasses
+import numbers
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,26 +24,28 @@ def held_out(validation: int | float, size: int) -> int:
 
     Args:
       validation: 0 for none; a fraction in (0, 1), rounded to the nearest number of images; or
-        their number, an integer.
+        their number; 1.0, which could be either, is refused.
       size: at least 1.
 
     Raises:
-      ConfigError: it is none of these, or not one image is left on a side.
+      ConfigError: it is none of these, or no image is left on a side.
 
     Example:
       >>> held_out(0, 1437), held_out(0.1, 1437), held_out(360, 1437)
       (0, 144, 360)
     """
     expected = (
-        f"0 for none, a fraction in (0, 1), or an integer: it takes at least 1 and at most "
-        f"{size - 1} of the {size} images of the training split"
+        "0 for none, a fraction in (0, 1), or a number of images, so that it takes at least 1 and "
+        f"at most {size - 1} of the {size} of the training split"
     )
     try:
         checks.number("validation", validation, "[0, inf)")
-        number = round(validation * size) if validation < 1 else checks.integer("", validation, 1)
     except ConfigError:
         raise checks.refuse("validation", validation, expected) from None
-    if validation and not 0 < number < size:
+    number = round(validation * size) if validation < 1 else int(validation)
+    ambiguous = validation == 1 and not isinstance(validation, numbers.Integral)
+    broken = validation > 1 and number != validation
+    if ambiguous or broken or (validation and not 0 < number < size):
         raise checks.refuse("validation", validation, expected)
     return number
 

@@ -36,3 +36,8 @@ class Best:
         if found.accuracy > self.accuracy or found.recalibrate_bn != self.recalibrate_bn:
             return found
         return dataclasses.replace(self, since=self.since + 1)
+
+    def exhausts(self, patience: int | None, recalibrate_bn: int) -> bool:
+        """Whether `patience` evaluations after it, made with this value, were not better."""
+        comparable = self.recalibrate_bn == recalibrate_bn
+        return patience is not None and comparable and self.since >= patience

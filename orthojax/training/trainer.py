@@ -69,7 +69,10 @@ class Trainer:
         self._progress.begin(first_step)
         start = time.monotonic()
         self.step = first_step
-        for step in () if self.out_of_patience else range(first_step + 1, settings.steps + 1):
+        if self.out_of_patience and first_step < settings.steps:
+            self._tell_of_patience()
+            return state
+        for step in range(first_step + 1, settings.steps + 1):
             self.step = step
             state, metrics = self._programs.train_step(state, self._programs.put(next(batches)))
             self._pending.append(metrics)
@@ -94,7 +97,7 @@ class Trainer:
                 self._checkpointer.save(step, state, position, best=best, wait=ended or stopping)
             if ended:
                 if not last:
-                    self._progress.message(self._impatience(step))
+                    self._tell_of_patience()
                 break
             if stopping:
                 name = signal.Signals(self._request.signal_number).name
@@ -109,13 +112,14 @@ class Trainer:
     @property
     def out_of_patience(self) -> bool:
         """Whether there have been `patience` evaluations without a better validation accuracy."""
-        patience = self._settings.patience
-        return patience is not None and self.best is not None and self.best.since >= patience
+        patience, value = self._settings.patience, self._settings.recalibrate_bn
+        return self.best is not None and self.best.exhausts(patience, value)
 
-    def _impatience(self, step: int) -> str:
-        return (
-            f"training ends at step {step}: validation accuracy has not been better than "
-            f"{self.best.accuracy:.1%}, of step {self.best.step}, in {self.best.since} evaluations"
+    def _tell_of_patience(self) -> None:
+        best = self.best
+        self._progress.message(
+            f"training ends at step {self.step}: validation accuracy has not been better than "
+            f"{best.accuracy:.1%}, of step {best.step}, in {best.since} evaluations"
         )
 
     def images_per_second(self) -> float | None:

@@ -21,7 +21,7 @@ from orthojax.data import (
 from orthojax.data.augmentation import augment_photographs
 from orthojax.data.preprocessing import Preprocessing
 from orthojax.data.sampler import epoch_permutation
-from orthojax.data.validation import split_off
+from orthojax.data.validation import held_out, split_off
 from orthojax.errors import ConfigError, DatasetError
 
 
@@ -123,6 +123,10 @@ def test_every_class_is_held_out(order):
     _, held = split_off(1000, 100)
     counts = np.bincount(labels[held], minlength=10)
     assert counts.min() >= 3 and (order == "in turns" or (counts == 10).all())
+
+
+def test_a_number_of_images_may_have_become_a_float():
+    assert held_out(500.0, 1437) == held_out(np.int64(500), 1437) == 500 and held_out(1, 2) == 1
 
 
 def test_what_is_held_out_is_that_of_earlier_versions():

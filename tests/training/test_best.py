@@ -103,3 +103,5 @@ def test_accuracies_of_other_statistics_are_not_compared():
     best = Best(2, 0.9, recalibrate_bn=0, since=3)
     assert best.after(Best(4, 0.9, recalibrate_bn=0)) == Best(2, 0.9, 0, since=4)
     assert best.after(Best(4, 0.1, recalibrate_bn=64)) == Best(4, 0.1, 64)
+    assert best.exhausts(3, recalibrate_bn=0) and not best.exhausts(3, recalibrate_bn=64)
+    assert not best.exhausts(4, recalibrate_bn=0) and not best.exhausts(None, recalibrate_bn=0)
