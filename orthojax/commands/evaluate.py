@@ -1,7 +1,7 @@
 """Evaluates a trained net on a split: top-1, top-5, every class, and a confusion picture.
 
 orthojax evaluate --workdir=runs/cifar10_plain
-orthojax evaluate --workdir=runs/cifar10_plain --split='train[:5000]' --step=latest
+orthojax evaluate --workdir=runs/cifar10_plain --split='train[:5000]'
 """
 
 import math
@@ -56,15 +56,17 @@ def main():
     found = evaluate(classifier, dataset.test_batches(config["batch_size"]), names)
 
     about = {"step": classifier.step, "split": section.get("test_split"), "recalibrate_bn": size}
+    about["chosen_by"] = "validation" if options.step == "best" else None
     write_json_atomic(output / files[0], {**about, **found.to_json()})
     write_picture(found.draw(), output / files[1])
-    show(found, classifier.step)
+    chosen = ", chosen by the validation split" if about["chosen_by"] else ""
+    split = "the test split" if options.split is None else f"split {printable(options.split)}"
+    show(found, f"step {classifier.step:,}{chosen}", split)
     tell(f"\nwritten to {output}: {', '.join(files)}", sys.stdout)
 
 
-def show(found, step):
-    images = found.confusion.sum()
-    tell(f"step {step:,}, {images:,} images", sys.stdout)
+def show(found, step, split):
+    tell(f"{step}, {found.confusion.sum():,} images of {split}", sys.stdout)
     tell(f"top-1 {found.accuracy:.2%}  top-5 {found.top5_accuracy:.2%}", sys.stdout)
     tell(f"loss  {found.loss:.4f}\n", sys.stdout)
     names = [*map(printable, found.class_names)]

@@ -302,6 +302,11 @@ def records(source: Source, split: str) -> Records:
     return Records(split, source.directory, shards, size, *keys, source.num_classes)
 
 
+def size(source: Source, split: str) -> int:
+    """How many images a split has; see `records`."""
+    return _checked_split(source, split).num_examples
+
+
 def examples(source: Source, split: str) -> Any:
     """TFDS's data source of a split, with its images as they are encoded; see `reading`."""
     import tensorflow_datasets as tfds

@@ -57,6 +57,7 @@ _WITHOUT_EFFECT = (
     ),
     "tensorboard:",
 )
+_LENGTH = ("steps:", "patience:")  # when training ends
 _LAST_BITS = ("packages.jaxlib:", "backend:", "device_kind:", "device_count:")
 # What Lustre without flock, NFS without a lock daemon, and others answer.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -75,7 +76,8 @@ def claim(
     (a list with one entry for each start of the run: versions, devices, seed, command line).
     Where `config.json` holds an equal config the run is being resumed. What the results do not
     depend on may differ (the section `mesh`, where and by how many workers the data is read, how
-    often something is recorded or saved), and so may `steps`: then the run goes on, and is longer.
+    often something is recorded or saved), and so may `steps` and `patience`: then the run goes on,
+    and is longer.
     The directory is locked as long as the process lives; the operating system frees the lock even
     after `kill -9`. (In an object store there are no locks: there, starting one run at a time is
     the user's part. So it is on a file system without `flock`, which is reported on stderr.)
@@ -107,7 +109,7 @@ def claim(
         _lock(workdir)
     if (workdir / CONFIG).exists():
         saved = _read_json(workdir / CONFIG)
-        _refuse(workdir, _changes(saved, config, (*_WITHOUT_EFFECT, "steps:")))
+        _refuse(workdir, _changes(saved, config, (*_WITHOUT_EFFECT, *_LENGTH)))
         _check_length(workdir, saved, config)
     else:
         saved = None
@@ -122,10 +124,10 @@ def may_differ(key: str) -> bool:
     """Whether a run may go on with another value of a key of its config, or of a whole section.
 
     Example:
-      >>> [may_differ(key) for key in ("mesh.fsdp", "mesh", "steps", "seed", "dataset")]
+      >>> [may_differ(key) for key in ("mesh.fsdp", "mesh", "patience", "seed", "dataset")]
       [True, True, True, False, False]
     """
-    return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, "steps:")) for end in ":.")
+    return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, *_LENGTH)) for end in ":.")
 
 
 def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
