@@ -118,8 +118,8 @@ class Trainer:
     def _tell_of_patience(self) -> None:
         best = self.best
         self._progress.message(
-            f"training ends at step {self.step}: validation accuracy has not been better than "
-            f"{best.accuracy:.1%}, of step {best.step}, in {best.since} evaluations"
+            f"patience={self._settings.patience} ends training at step {self.step}: validation "
+            f"accuracy was best at step {best.step}, {best.accuracy:.1%}"
         )
 
     def images_per_second(self) -> float | None:
