@@ -32,14 +32,14 @@ def main():
     from orthojax.config.sections import bind
     from orthojax.inference.evaluation import evaluate
     from orthojax.pictures.picture import write_picture
-    from orthojax.storage.paths import output_directory
+    from orthojax.storage.paths import output_directory, to_path
     from orthojax.storage.workdir import CONFIG, read_run_file, write_json_atomic
 
     options = flags.FLAGS
     classifier = load_trained()
     files = ("evaluation.json", "confusion.png")
     output = output_directory(options.output or options.workdir, *files)
-    config = read_run_file(options.workdir, CONFIG)
+    config = read_run_file(to_path(options.workdir), CONFIG)
     section = dict(config["dataset"])
     section.pop("cache_dir", None)  # a run does not say where this program writes
     for key, value in (("test_split", options.split), ("data_dir", options.data_dir)):

@@ -27,7 +27,6 @@ from orthojax.storage.paths import (
     is_remote,
     name_fault,
     set_aside,
-    to_path,
     write_atomic,
 )
 from orthojax.storage.saved import saved_steps
@@ -67,9 +66,7 @@ _claimed: dict[str, tuple[int, int]] = {}  # device and inode of the lock, by di
 _ATTEMPTS, _SECONDS = 5, 0.1  # of a reader, while a start of the run writes its files anew
 
 
-def claim(
-    workdir: str | os.PathLike, config: Mapping, check: Callable[[], None] = lambda: None
-) -> None:
+def claim(workdir: Any, config: Mapping, check: Callable[[], None] = lambda: None) -> None:
     """Makes `workdir` this run's own until the process ends, or says why it cannot be.
 
     A new or empty directory receives `config.json` (the resolved config) and `environment.json`
@@ -84,7 +81,7 @@ def claim(
     Of several JAX processes the first one alone may call this.
 
     Args:
-      workdir: a path on a local or shared file system, or `gs://…`.
+      workdir: from `orthojax.storage.paths.to_path`, as in all of this module.
       config: the resolved config, a Mapping or an ml_collections ConfigDict.
       check: is called once the directory is locked and its config agrees, before anything is
         written; what it raises leaves the directory as it was.
@@ -101,7 +98,7 @@ def claim(
       >>> sorted(path.name for path in workdir.iterdir())
       ['config.json', 'environment.json', 'lock']
     """
-    workdir, config = to_path(workdir), to_json(config)
+    config = to_json(config)
     _open_directory(workdir)
     if fault := foreign(workdir):
         raise WorkdirError(f"{fault}; put a file in its place, or choose another --workdir")
@@ -130,7 +127,7 @@ def may_differ(key: str) -> bool:
     return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, *_LENGTH)) for end in ":.")
 
 
-def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
+def note_start(workdir: Any, **facts: Any) -> list[str]:
     """Adds facts to what `environment.json` says of the last start.
 
     Returns:
@@ -146,7 +143,7 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
       >>> told
       ["convolution: 'native 0a1b' -> 'XLA'"]
     """
-    path = to_path(workdir) / "environment.json"
+    path = workdir / "environment.json"
     *before, start = json.loads(path.read_bytes())
     start |= facts
     write_json_atomic(path, [*before, start])
@@ -159,13 +156,12 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
     return [line for line in differences(noted[-1], start) if line.startswith(watched)]
 
 
-def check_workdir(workdir: str | os.PathLike) -> None:
+def check_workdir(workdir: Any) -> None:
     """Finds out, before the work and making nothing, whether `claim` could make the directory.
 
     Raises:
       WorkdirError: its name, or what it lies in, is no place for a run.
     """
-    workdir = to_path(workdir)
     if fault := name_fault(workdir):
         raise WorkdirError(f"--workdir: {fault}")
     if is_remote(workdir):
@@ -186,7 +182,7 @@ def check_workdir(workdir: str | os.PathLike) -> None:
         raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
 
 
-def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
+def check_config(workdir: Any, config: Mapping) -> None:
     """Compares the config of the run in `workdir` with another; see `claim` for what may differ.
 
     Raises:
@@ -202,13 +198,13 @@ def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
       ...
       orthojax.errors.WorkdirError: ...: 0 -> 1...
     """
-    saved = to_path(workdir) / CONFIG
+    saved = workdir / CONFIG
     if not saved.exists():
         raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)")
     _refuse(workdir, _changes(_read_json(saved), to_json(config), _WITHOUT_EFFECT))
 
 
-def seal(workdir: str | os.PathLike, *written: str) -> None:
+def seal(workdir: Any, *written: str) -> None:
     """Keeps the checksums of what `read_run_file` reads, in `checksums.json`.
 
     Args:
@@ -216,12 +212,12 @@ def seal(workdir: str | os.PathLike, *written: str) -> None:
       *written: names of files that are as they should be. Of the others those are covered that
         have been, and are as they were.
     """
-    first = not (to_path(workdir) / CHECKSUMS).exists()
+    first = not (workdir / CHECKSUMS).exists()
     others = [name for name in _SEALED if first or not find_damage(workdir, name)]
     write_checksums(workdir, [name for name in _SEALED if name in written or name in others])
 
 
-def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
+def read_run_file(workdir: Any, name: str) -> dict[str, Any]:
     """Reads a file of a run, whose checksum is right if it has one; the run may be training.
 
     Args:
@@ -231,7 +227,6 @@ def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
     Raises:
       WorkdirError: there is no run, or the file is missing or damaged.
     """
-    workdir = to_path(workdir)
     for _ in range(_ATTEMPTS):
         try:
             value = json.loads(inside(workdir, name).read_bytes())
@@ -258,13 +253,12 @@ def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
     )
 
 
-def check_owned(workdir: str | os.PathLike) -> None:
+def check_owned(workdir: Any) -> None:
     """Says if `workdir` is no longer the directory that this process has claimed, if it has.
 
     Raises:
       WorkdirError: it has been removed, or another one is in its place.
     """
-    workdir = to_path(workdir)
     claimed = _claimed.get(os.path.abspath(workdir))
     try:
         status = os.stat(workdir / "lock") if claimed else None

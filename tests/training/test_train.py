@@ -291,7 +291,7 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path, monkeypatch):
         jax.config.update(names[1], 0.0)
         compilation_cache.reset_cache()
         for config.seed in (0, 1):
-            lower_train_step(build(config)).compile()
+            lowered(config).compile()
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -508,14 +508,19 @@ def test_trains_on_real_cifar10(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def lowered(config):
+    experiment = build(config)
+    return lower_train_step(experiment, abstract_state(experiment))
+
+
 def test_seeds_rates_and_coefficients_share_a_program():
     first, other = config_of(), config_of()
     other.seed, other.model.kernel_init, other.model.bn_bias = 7, "he", 0.5
     other.optimizer.learning_rate, other.regularizer.coefficient = 0.3, 0.02
-    texts = [lower_train_step(build(config)).as_text() for config in (first, other)]
+    texts = [lowered(config).as_text() for config in (first, other)]
     assert texts[0] == texts[1]
     other.regularizer = {"name": "l2", "coefficient": 0.02}
-    assert lower_train_step(build(other)).as_text() != texts[0]
+    assert lowered(other).as_text() != texts[0]
 
 
 def test_numbers_given_to_the_program_count(programs):
