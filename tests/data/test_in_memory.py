@@ -300,7 +300,7 @@ class OrthojaxDeep(OrthojaxColors):
 @pytest.mark.parametrize(
     ("builder_class", "says"),
     [
-        (OrthojaxLabels, "has the label -1 in record"),
+        (OrthojaxLabels, "record .* has the label -1, and there are"),
         (OrthojaxNoClasses, "not of images with one class label each"),
     ],
 )
@@ -392,7 +392,7 @@ def test_damaged_records(copy, damage):
         records.write_bytes(content[: len(content) // 2])
     elif damage == "eight bytes changed":
         records.write_bytes(content[:5000] + b"damaged." + content[5008:])
-    with pytest.raises(DatasetError, match=f"{records.parent} are damaged or incomplete"):
+    with pytest.raises(DatasetError, match=f"record .* in {records.parent} is damaged or missing"):
         load("digits", str(copy), cache_dir=str(copy / "cache"))
 
 
