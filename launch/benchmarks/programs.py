@@ -29,7 +29,7 @@ VARIANTS = {  # name -> regularizer, tolerance of modulation
 }
 
 
-def experiment(variant, depth, **model):
+def experiment(variant, depth, *, batch=BATCH, dtype="float32", **model):
     """A plain net on CIFAR-10 without its images; `model` overrides keys of that section."""
     regularizer, tolerance = VARIANTS[variant]
     config = get_config(f"depth={depth},method={'paper' if tolerance else 'baseline'}")
@@ -39,8 +39,9 @@ def experiment(variant, depth, **model):
     if variant == SOAP:
         with config.ignore_type():
             config.optimizer = {"name": "soap", "learning_rate": 1e-3, "rest": config.optimizer}
-    config.mesh.data = 1
-    config.model.update(model)
+    config.mesh.data, config.batch_size, config.dtype = 1, batch, dtype
+    with config.unlocked():
+        config.model.update(model)
     return build(config, records=False)
 
 
@@ -66,10 +67,10 @@ def lower_on_digits(depth, remat="none"):
     return lower_train_step(made, abstract_state(made))
 
 
-def constant_batch(compiled):
+def constant_batch(compiled, size=BATCH):
     """A batch of random images on the device."""
-    image = jax.random.randint(jax.random.key(0), (BATCH, SIZE, SIZE, 3), 0, 256)
-    label = jnp.arange(BATCH, dtype=jnp.int32) % 10
+    image = jax.random.randint(jax.random.key(0), (size, SIZE, SIZE, 3), 0, 256)
+    label = jnp.arange(size, dtype=jnp.int32) % 10
     return compiled.put({"image": image.astype(jnp.uint8), "label": label})
 
 

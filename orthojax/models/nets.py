@@ -101,6 +101,8 @@ class ConvNet(nn.Module):
       scan: stack each stage's equal blocks and run them by `nn.scan`, which compiles in seconds
         at any depth; False unrolls them. `orthojax.models.stack_blocks` and `unstack_blocks`
         convert the variables.
+      unroll: how many equal blocks a turn of the scan does; more compile longer, and leave a device
+        fewer loops to wait for.
       remat: what the backward pass computes again, for less memory, in more time, with the same
         result: "none"; "blocks", all but what goes from block to block; or "segments", all but
         what goes from one to the next of about √n segments of √n blocks, a segment before its
@@ -130,13 +132,14 @@ class ConvNet(nn.Module):
     modulated: bool = False
     dtype: Any = jnp.float32
     scan: bool = True
+    unroll: int = 1
     remat: str = "none"
 
     block: ClassVar[type[nn.Module]] = PlainBlock
     _FLAGS: ClassVar[tuple[str, ...]] = ("modulated", "scan")
 
     def __post_init__(self):
-        for name in ("depth", "width", "num_classes", "bn_groups"):
+        for name in ("depth", "width", "num_classes", "bn_groups", "unroll"):
             checks.integer(name, getattr(self, name), 1, 2**24)
         self._architecture()  # fails where there is none
         for name, known in (
@@ -160,6 +163,10 @@ class ConvNet(nn.Module):
         checks.dtype("dtype", self.dtype)
         if self.remat == "segments" and not self.scan:
             raise ConfigError("remat='segments' with scan=False: segments are of scanned blocks")
+        if self.unroll > 1 and (self.remat == "segments" or not self.scan):
+            raise ConfigError(
+                f"unroll={self.unroll} changes nothing with scan={self.scan}, remat={self.remat!r}"
+            )
         self._check_what_changes_nothing()
         named = isinstance(self.kernel_init, str) and self.kernel_init in KERNEL_INITS
         if not named and not callable(self.kernel_init):
@@ -256,6 +263,7 @@ class ConvNet(nn.Module):
                 spec=spec,
                 layout=plan.layout,
                 scan=self.scan,
+                unroll=self.unroll,
                 remat=self.remat,
                 name=f"stage_{index + 1}",
             )

@@ -35,6 +35,7 @@ class Stage(nn.Module):
     spec: LayerSpec
     layout: BlockLayout
     scan: bool
+    unroll: int
     remat: str
 
     def _block(self, name: str, stride: int = 1) -> nn.Module:
@@ -68,6 +69,7 @@ class Stage(nn.Module):
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
                 length=equal,
+                unroll=min(self.unroll, equal),
             )
             x, _ = scanned(self._block(_SCANNED), x, None)
         return x

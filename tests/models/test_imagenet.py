@@ -175,6 +175,7 @@ def test_a_stage_of_bottlenecks_is_one_function_in_all_its_forms():
         spec=LayerSpec(init, init, modulated=True),
         layout=BOTTLENECKS["standard"],
         scan=True,
+        unroll=1,
         remat="none",
     )
     images = jax.random.normal(jax.random.key(1), (4, 8, 8, 8))

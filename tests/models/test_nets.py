@@ -71,6 +71,7 @@ def test_scanned_and_unrolled_nets_are_one_function(kind, images):
     actual = compiled_pass(net, variables, images)
     expected = compiled_pass(net.clone(scan=False), unstack_blocks(variables), images)
     assert_same(tuple(map(unstack_blocks, actual)), expected)
+    assert_same(compiled_pass(net.clone(unroll=2), variables, images), actual)
 
 
 @pytest.mark.parametrize(("kind", "depth"), [(SmallPlainNet, 4), (SmallResNet, 5)])
@@ -103,6 +104,8 @@ def test_unknown_recomputation_is_refused():
         PlainNet(depth=8, remat=True)
     with pytest.raises(ValueError, match="segments are of scanned blocks"):
         PlainNet(depth=8, remat="segments", scan=False)
+    with pytest.raises(ValueError, match="unroll=2 changes nothing with scan=False"):
+        PlainNet(depth=8, unroll=2, scan=False)
 
 
 def test_stacking_is_the_inverse_of_unstacking(images):
