@@ -14,7 +14,6 @@ around it. A shape alone says little: a stack of dense layers has the rank of a 
 Where only a guess would be left, they ask.
 """
 
-import dataclasses
 import difflib
 import fnmatch
 import functools
@@ -50,7 +49,6 @@ def flax(
     *,
     depthwise: tuple[str, ...] = ("depthwise",),
     feature_groups: Mapping[str, int] | None = None,
-    strides: Mapping[str, int | tuple[int, ...]] | None = None,
     overrides: Mapping[str, KernelAxes | None] | None = None,
 ) -> View:
     """The view of Flax parameters, linen's and NNX's; the default of every function here.
@@ -78,7 +76,6 @@ def flax(
       depthwise: Fragments of names of modules with `feature_group_count == in_features`. Every
         output is taken by itself; with a channel multiplier, give `feature_groups` as well.
       feature_groups: Pattern of the path to `feature_group_count`.
-      strides: Pattern of the path to window strides (read by the `conv` variant alone).
       overrides: Pattern of the path to axes (or `None`: no kernel); first of all rules. Negative
         axes serve stacks of any depth.
 
@@ -105,7 +102,7 @@ def flax(
       True
     """
     layout = _Layout("flax", "kernel", ("bias", "scale"), "bias", _flax_rank)
-    return _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides)
+    return _channels_last(layout, stacked, depthwise, feature_groups, overrides)
 
 
 def haiku(
@@ -113,7 +110,6 @@ def haiku(
     *,
     depthwise: tuple[str, ...] = ("depthwise",),
     feature_groups: Mapping[str, int] | None = None,
-    strides: Mapping[str, int | tuple[int, ...]] | None = None,
     overrides: Mapping[str, KernelAxes | None] | None = None,
 ) -> View:
     """The view of Haiku parameters: those called `w`, output last (transposed: last but one).
@@ -125,7 +121,7 @@ def haiku(
     Args:
       stacked: Fragments of module names that add a leading stack axis each
         (`hk.experimental.layer_stack`).
-      depthwise, feature_groups, strides, overrides: As in `flax`.
+      depthwise, feature_groups, overrides: As in `flax`.
 
     Raises:
       ConfigError: As `flax`.
@@ -137,26 +133,22 @@ def haiku(
       (2,)
     """
     layout = _Layout("haiku", "w", ("b",), "b", _haiku_rank)
-    return _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides)
+    return _channels_last(layout, stacked, depthwise, feature_groups, overrides)
 
 
 def equinox(
     *,
-    strides: Mapping[str, int | tuple[int, ...]] | None = None,
     overrides: Mapping[str, KernelAxes | None] | None = None,
 ) -> View:
     """The view of Equinox models, by the types of their modules; `weight` has the output first.
 
     Kernels are the weights of `eqx.nn.Linear` `(out, in)`, of `eqx.nn.Conv` and `ConvTranspose`
     `(out, in, *window)`, and of recurrent cells, and of subclasses of these. Axes before those of
-    the layer are stack axes (`eqx.filter_vmap` over keys); groups and strides of a convolution are
-    its own. Embeddings and normalizations, whose parameter is called `weight` as well, are not
-    kernels, nor are parameters of other names. A `weight` of rank 2 or more in any other module is
-    a question.
+    the layer are stack axes (`eqx.filter_vmap` over keys); groups of a convolution are its own.
+    Embeddings and normalizations, whose parameter is called `weight` as well, are not kernels, nor
+    are parameters of other names. A `weight` of rank 2 or more in any other module is a question.
 
     Args:
-      strides: Pattern of the path to window strides, instead of the layer's own (read by the
-        `conv` variant alone).
       overrides: Pattern of the path to axes (or `None`: no kernel); first of all rules.
 
     Raises:
@@ -170,13 +162,13 @@ def equinox(
       ((3, 8), 'named bias')
     """
 
-    _check_rules(strides=strides, overrides=overrides)
+    _check_rules(overrides=overrides)
 
     def view(params):
         _check_called_with_parameters(params)
         shapes, owners = shapes_by_path(params), _owners(params)
         axes = {path: _equinox_axes(path, shape, owners[path]) for path, shape in shapes.items()}
-        return _with_rules(params, axes, strides, overrides)
+        return _with_overrides(params, axes, overrides)
 
     return view
 
@@ -207,10 +199,10 @@ class _Reading(NamedTuple):
     transposed: bool = False
 
 
-def _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides):
+def _channels_last(layout, stacked, depthwise, feature_groups, overrides):
     _check_fragments("stacked", stacked)
     _check_fragments("depthwise", depthwise)
-    _check_rules(feature_groups=feature_groups, strides=strides, overrides=overrides)
+    _check_rules(feature_groups=feature_groups, overrides=overrides)
 
     def view(params):
         _check_called_with_parameters(params)
@@ -230,7 +222,7 @@ def _channels_last(layout, stacked, depthwise, feature_groups, strides, override
                 heads = evidence.attention(modules) is not None
                 reading = _axes(reading, len(shape), groups, heads)
             axes[path] = reading
-        return _with_rules(params, axes, strides, overrides)
+        return _with_overrides(params, axes, overrides)
 
     return view
 
@@ -463,9 +455,8 @@ def _equinox_axes(path, shape, owner) -> KernelAxes | str | ConfigError:
     if stack < 0:
         return f"rank {len(shape)} in an eqx.nn.{kind}"
     spatial = tuple(range(stack + 2, len(shape)))
-    strides = owner.stride if kind == "Conv" else 1
     groups = getattr(owner, "groups", 1)
-    return KernelAxes((*spatial, stack + 1), (stack,), spatial, groups, strides)
+    return KernelAxes((*spatial, stack + 1), (stack,), spatial, groups)
 
 
 def _owners(params) -> dict[str, Any]:
@@ -485,20 +476,10 @@ def _owners(params) -> dict[str, Any]:
     return owners
 
 
-def _with_rules(params, axes, strides, overrides) -> dict[str, KernelAxes | str | ConfigError]:
+def _with_overrides(params, axes, overrides) -> dict[str, KernelAxes | str | ConfigError]:
     _check_patterns("overrides", overrides, params)
-    _check_patterns("strides", strides, params)
-
-    def of(path, found):
-        override = _matching(overrides, path, found)
-        if override is None:
-            return "overridden"
-        if override is found and isinstance(found, KernelAxes) and found.spatial:
-            stride = _matching(strides, path, found.strides)
-            return dataclasses.replace(found, strides=stride)
-        return override
-
-    return {path: of(path, found) for path, found in axes.items()}
+    found = {path: _matching(overrides, path, read) for path, read in axes.items()}
+    return {path: "overridden" if read is None else read for path, read in found.items()}
 
 
 def _check_called_with_parameters(params):
@@ -525,8 +506,6 @@ def _check_rules(**rules):
             entry = f"{name}[{pattern!r}]"
             if name == "feature_groups":
                 checks.integer(entry, value, 1)
-            elif name == "strides":
-                checks.strides(entry, value)
             elif not (value is None or isinstance(value, KernelAxes)):
                 raise checks.refuse(entry, value, "KernelAxes(inputs=..., outputs=...) or None")
 
