@@ -11,6 +11,7 @@ merged), so that a kernel which is sharded over one of them stays sharded.
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -69,14 +70,25 @@ class KernelAxes:
         every = self.inputs + self.outputs + self.spatial
         if any(not -ndim <= axis < ndim for axis in every):
             raise ConfigError(f"{self} names an axis that an array of rank {ndim} does not have")
+        found = self.at(range(ndim))
+        named = found.inputs + found.outputs
+        if len(set(named)) != len(named) or not set(found.spatial) <= set(found.inputs):
+            raise ConfigError(f"{self}: every axis once, and `spatial` among `inputs`")
+        if not self.outputs or not self.inputs:
+            raise ConfigError(f"{self}: at least one input and one output axis are needed")
+        return found
+
+    def at(self, places: Sequence[int]) -> "KernelAxes":
+        """The same axes of an array in which axis `i` is at `places[i]`.
+
+        Example:
+          >>> KernelAxes(inputs=(0,), outputs=(1,)).at((-3, -1))
+          KernelAxes(inputs=(-3,), outputs=(-1,), spatial=(), feature_groups=1)
+        """
         inputs, outputs, spatial = (
-            tuple(axis % ndim for axis in axes)
+            tuple(places[axis] for axis in axes)
             for axes in (self.inputs, self.outputs, self.spatial)
         )
-        if len(set(inputs + outputs)) != len(inputs + outputs) or not set(spatial) <= set(inputs):
-            raise ConfigError(f"{self}: every axis once, and `spatial` among `inputs`")
-        if not outputs or not inputs:
-            raise ConfigError(f"{self}: at least one input and one output axis are needed")
         return dataclasses.replace(self, inputs=inputs, outputs=outputs, spatial=spatial)
 
     def stack(self, ndim: int) -> tuple[int, ...]:

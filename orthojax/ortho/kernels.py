@@ -94,7 +94,7 @@ def penalized(params: Any, mask: Any, view: Any, grouping: str) -> list[tuple[ja
     found = []
     for _, array, kernel in find_kernels(params, mask, view, grouping):
         if isinstance(kernel, ConfigError):
-            raise kernel
+            raise ConfigError(*kernel.args)  # a view may keep its questions, and no traceback
         if isinstance(kernel, Kernel):
             found.append((array, kernel))
     return found

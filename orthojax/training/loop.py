@@ -50,7 +50,10 @@ class Trainer:
         self._pending: list[dict[str, jax.Array]] = []
         self._trained_images = 0
         self._training_seconds = 0.0
-        self._observe = jax.jit(observe, out_shardings=replicated(experiment.mesh))
+        self._observe = jax.jit(
+            lambda params, opt_state: observe(params, opt_state, experiment.view),
+            out_shardings=replicated(experiment.mesh),
+        )
         self.test: dict[str, float] = {}  # of the last evaluation
 
     def train(self, state: TrainState, batches: data.TrainBatches, first_step: int) -> TrainState:
