@@ -64,9 +64,9 @@ def optax_ortho(
         or a function from the parameters to one. `False` exempts a parameter. It cannot add
         one: what the view calls no kernel has no matrix.
       view: Which parameters are kernels and what their axes mean: a tree of `KernelAxes` and `None`
-        or a function from the parameters to one, see `orthojax.ortho.views`. The default,
-        `views.flax()`, takes the parameters called `kernel`, with the output last and stack axes
-        first.
+        or a function from the parameters to one, see `orthojax.ortho.views`. For a Flax model take
+        `orthojax.linen.axes(net, x)` or `orthojax.nnx.axes(model)`. The default, `views.flax()`,
+        reads parameters called `kernel` by rank, with the output last.
       grouping: Column groups of kernels with `f_out > f_in`, see `matrices.group_sizes`.
 
     Returns:
