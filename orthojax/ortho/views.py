@@ -207,7 +207,7 @@ def _channels_last(layout, stacked, depthwise, feature_groups, overrides):
             elif (known := layout.rank(modules)) is not None and len(shape) - known >= stack:
                 turned = known > 2 and _named(modules, ("transpose",))
                 axes[path] = _axes(len(shape), len(shape) - known, turned)
-            elif why := _unclear(layout, path, shapes, leads, stack):
+            elif why := _unclear(layout, path, shapes, leads, stacked):
                 axes[path] = _question(layout.view, path, shape, why)
             else:
                 axes[path] = _axes(len(shape), stack, heads=modules[-1:] == ["out"])
@@ -227,10 +227,12 @@ def _axes(rank, stack, transposed=False, heads=False) -> KernelAxes:
     return KernelAxes(tuple(range(stack, rank - 1)), (rank - 1,), window)
 
 
-def _unclear(layout, path, shapes, leads, stack) -> str:
-    """What a kernel with so many stack axes could be instead; empty if it is sure to be one."""
+def _unclear(layout, path, shapes, leads, stacked) -> str:
+    """What a kernel behind its named stack axes could be instead; empty if it is sure to be one."""
     shape, (*modules, _) = shapes[path], path.split("/")
-    rank, module = len(shape) - stack, "/".join(modules)
+    others = [module for module in modules if not _named([module], stacked)]
+    stack, module = len(modules) - len(others), "/".join(modules)
+    rank, name = len(shape) - stack, modules[-1].lower() if modules else ""
     if rank < 2:
         return f"{stack} of its axes are said to be stack axes"
     bias = shapes.get(f"{module}/{layout.bias}" if module else layout.bias)
@@ -238,16 +240,11 @@ def _unclear(layout, path, shapes, leads, stack) -> str:
         return f"its bias of shape {bias} says that it is no plain layer with {stack} stack axes"
     if bias is not None or rank == 2:
         return ""
-    name = modules[-1].lower() if modules else ""
     conv = rank == 4 or (rank == 3 and "conv" in name and "local" not in name)
     around = next((leads[m] for m in _modules_around(module) if m in leads), ())
-    mapped = not stack and any(map(_MAPPED_CLASS.fullmatch, modules))
-    if (
-        conv
-        and not mapped
-        and name not in _ATTENTION
-        and not any(len(lead) > stack and shape[: len(lead)] == lead for lead in around)
-    ):
+    deeper = any(len(lead) > stack and shape[: len(lead)] == lead for lead in around)
+    mapped = any(map(_MAPPED_CLASS.fullmatch, others)) or name in _ATTENTION
+    if conv and not deeper and not mapped:
         return ""
     if rank == 3:
         return "a 1-D convolution, two input or two output axes, or a stack of dense kernels"

@@ -418,6 +418,7 @@ SILENT = {  # kernels that nothing tells apart: (members, inputs, outputs) or (w
         "out": {"kernel": (4, 3, 4)},
     },
     "five axes": {"blocks": {"kernel": (5, 3, 3, 4, 6)}},
+    "a stack within one": {"scanned": {"VmapBlock_0": {"conv": {"kernel": (2, 5, 3, 4, 4)}}}},
     "mapped, 2-D or a stack": {"ScanBlock_0": {"conv": {"kernel": (5, 3, 4, 4)}}},
     "the bias fits two ways": {"proj": {"kernel": (4, 4, 3), "bias": (4, 3)}},
     "the bias fits no way": {"proj": {"kernel": (4, 5, 3), "bias": (7,)}},
