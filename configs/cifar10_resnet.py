@@ -18,6 +18,6 @@ def get_config(arguments: str | None = None) -> ConfigDict:
     )
     config.model.name, config.modulation = "ResNet", None
     if args.preset == "cpu":
-        # The best of 0.1, 0.05 and 0.02 after 200 steps.
+        # The smallest training loss of 0.1, 0.05 and 0.02 after 200 steps.
         config.optimizer.learning_rate = 0.02
     return config

@@ -80,12 +80,12 @@ def name(flag):
 
 def compile_step(flag, config, devices):
     from orthojax.benchmarks.cost import measure
-    from orthojax.training.compiled import lower_train_step
+    from orthojax.training.compiled import abstract_state, lower_train_step
     from orthojax.training.experiment import build
 
     print(f"compiling {name(flag)}, which takes minutes...", file=sys.stderr, flush=True)
     experiment = build(config, devices=devices, records=False)
-    return measure(lower_train_step(experiment))
+    return measure(lower_train_step(experiment, abstract_state(experiment)))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def train(coefficient: float, seed: int, workdir: pathlib.Path) -> dict:
 
 def final_errors(workdir: pathlib.Path) -> list[float]:
     """`orthonormality_error` of every layer's kernel in the last checkpoint."""
-    params = load_classifier(workdir, "latest").variables["params"]
+    params = load_classifier(workdir).variables["params"]
     return [float(error) for error in orthonormality_error(unstack_blocks(params)).values()]
 
 

@@ -11,6 +11,9 @@ import sys
 
 import pytest
 
+import orthojax
+from orthojax import __main__
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -45,6 +48,26 @@ def test_the_library_imports_nothing_of_the_trainer():
                         assert rest[0] in LIBRARY, f"{file}: {modules}"
                     else:
                         assert first in {"jax", "optax", "numpy", *sys.stdlib_module_names}, file
+
+
+@pytest.mark.parametrize(("old", "new"), [("load", "load_classifier"), ("read", "read_moments")])
+def test_an_old_name_says_the_new(old, new):
+    with pytest.raises(AttributeError, match=f"orthojax.{old} is called orthojax.{new}"):
+        getattr(orthojax, old)
+    assert new in dir(orthojax) and old not in dir(orthojax)
+
+
+def test_the_command_has_a_word_for_each_program(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["orthojax"])
+    assert __main__.main() == 0
+    assert "train|predict|evaluate|export|prepare|reproduce" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["orthojax", "trian"])
+    assert __main__.main() == 2 and "no command 'trian'" in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["orthojax", "train"])
+    assert __main__.main() == 2
+    assert "orthojax train needs flax, " in (told := capsys.readouterr().err)
+    assert told.endswith(": pip install 'orthojax-nets[train]'\n")
 
 
 USE = """

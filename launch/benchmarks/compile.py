@@ -13,7 +13,7 @@ import jax
 from orthojax.benchmarks.measurements import measurement, ratio
 from orthojax.benchmarks.programs import METHOD, experiment, lower_on_digits
 from orthojax.benchmarks.timing import time_interleaved
-from orthojax.training.compiled import lower_train_step
+from orthojax.training.compiled import abstract_state, lower_train_step
 
 TRAIN = str(pathlib.Path(__file__).resolve().parent.parent / "train.py")
 
@@ -46,7 +46,8 @@ def measure(rounds: int, depth: int):
 
 def _compile(depth):
     jax.clear_caches()
-    lower_train_step(experiment(METHOD, depth)).compile()
+    made = experiment(METHOD, depth)
+    lower_train_step(made, abstract_state(made)).compile()
 
 
 def _compile_on_digits(depth):

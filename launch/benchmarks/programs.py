@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from orthojax.configs import digits_plain110
 from orthojax.configs.cifar10_plain import get_config
-from orthojax.training.compiled import compile_steps, lower_train_step
+from orthojax.training.compiled import abstract_state, compile_steps, lower_train_step
 from orthojax.training.experiment import build
 
 BATCH = 128
@@ -62,7 +62,8 @@ def lower_on_digits(depth, remat="none"):
     config = digits_plain110.get_config(f"depth={depth}")
     config.mesh.data = 1
     config.model.remat = remat
-    return lower_train_step(build(config))
+    made = build(config)
+    return lower_train_step(made, abstract_state(made))
 
 
 def constant_batch(compiled):

@@ -110,7 +110,7 @@ def _train(run: Run, stream: Any) -> Record:
             return {**record, **nothing, **none_right, "diverged": str(error)}
     last = []
     for metrics in read_metrics(run.workdir):
-        if metrics["kind"] == "train" and metrics["step"] > 0.9 * run.config.steps:
+        if metrics["kind"] == "train" and metrics["step"] > 0.9 * summary["steps"]:
             last.append(metrics)
         elif metrics["kind"] == "layers":
             record["orthonormality_error"] = metrics["orthonormality_error"]

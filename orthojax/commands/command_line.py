@@ -47,7 +47,12 @@ def run(define_flags, main, arguments=None):
 def define_trained():
     """Defines the flags of a program that uses a trained net; `load_trained` reads them."""
     flags.DEFINE_string("workdir", None, "Of the run.", required=True)
-    flags.DEFINE_string("step", "best", "Which checkpoint: best, latest, or its step.")
+    flags.DEFINE_string(
+        "step",
+        "latest",
+        "Which checkpoint: latest, its step, or best, by validation accuracy (of a run with "
+        "dataset.validation).",
+    )
     flags.DEFINE_string(
         "own_net",
         None,

@@ -1,7 +1,7 @@
 """Evaluates a trained net on a split: top-1, top-5, every class, and a confusion picture.
 
 orthojax evaluate --workdir=runs/cifar10_plain
-orthojax evaluate --workdir=runs/cifar10_plain --split='train[:5000]' --step=latest
+orthojax evaluate --workdir=runs/cifar10_plain --split='train[:5000]'
 """
 
 import math
@@ -32,14 +32,14 @@ def main():
     from orthojax.config.sections import bind
     from orthojax.inference.evaluation import evaluate
     from orthojax.pictures.picture import write_picture
-    from orthojax.storage.paths import output_directory
+    from orthojax.storage.paths import output_directory, to_path
     from orthojax.storage.workdir import CONFIG, read_run_file, write_json_atomic
 
     options = flags.FLAGS
     classifier = load_trained()
     files = ("evaluation.json", "confusion.png")
     output = output_directory(options.output or options.workdir, *files)
-    config = read_run_file(options.workdir, CONFIG)
+    config = read_run_file(to_path(options.workdir), CONFIG)
     section = dict(config["dataset"])
     section.pop("cache_dir", None)  # a run does not say where this program writes
     for key, value in (("test_split", options.split), ("data_dir", options.data_dir)):
@@ -56,15 +56,17 @@ def main():
     found = evaluate(classifier, dataset.test_batches(config["batch_size"]), names)
 
     about = {"step": classifier.step, "split": section.get("test_split"), "recalibrate_bn": size}
+    about["chosen_by"] = "validation" if options.step == "best" else None
     write_json_atomic(output / files[0], {**about, **found.to_json()})
     write_picture(found.draw(), output / files[1])
-    show(found, classifier.step)
+    chosen = ", chosen by the validation split" if about["chosen_by"] else ""
+    split = "the test split" if options.split is None else f"split {printable(options.split)}"
+    show(found, f"step {classifier.step:,}{chosen}", split)
     tell(f"\nwritten to {output}: {', '.join(files)}", sys.stdout)
 
 
-def show(found, step):
-    images = found.confusion.sum()
-    tell(f"step {step:,}, {images:,} images", sys.stdout)
+def show(found, step, split):
+    tell(f"{step}, {found.confusion.sum():,} images of {split}", sys.stdout)
     tell(f"top-1 {found.accuracy:.2%}  top-5 {found.top5_accuracy:.2%}", sys.stdout)
     tell(f"loss  {found.loss:.4f}\n", sys.stdout)
     names = [*map(printable, found.class_names)]

@@ -58,8 +58,8 @@ def main():
 
 def show(summary, workdir):
     for name, value in summary.items():
-        number = f"{value:,}" if isinstance(value, int | float) else "-"
-        tell(f"{name:>18}  {number}", sys.stdout)
+        shown = f"{value:,}" if isinstance(value, int | float) else value or "-"
+        tell(f"{name:>24}  {shown}", sys.stdout)
     written = "summary.json, curves.png, metrics.jsonl, checkpoints/"
     tell(f"\nwritten to {workdir}: {written}", sys.stdout)
 

@@ -11,6 +11,7 @@ from orthojax.caches import expand
 from orthojax.console import tell
 from orthojax.data.records import check_images
 from orthojax.data.streamed import BlackDataset, StreamedDataset, checked_arguments
+from orthojax.data.validation import parts
 from orthojax.errors import DatasetError
 from orthojax.extras import require
 
@@ -74,6 +75,7 @@ def load(
     *,
     train_split: str = TRAIN,
     test_split: str | None = None,
+    validation: int | float = 0,
     resize: int = 256,
     crop: int = 224,
     flip: bool = True,
@@ -95,6 +97,7 @@ def load(
       train_split: name of the folder with the training images.
       test_split: of that with the test images; None is `test`, `validation` or `val`, whichever
         there is.
+      validation: training pictures to hold out, see `orthojax.data.validation.held_out`.
       resize: see `orthojax.data.streamed.load`, as the following.
       crop: what the net sees, in pixels.
       flip: whether training images are mirrored at random.
@@ -115,10 +118,11 @@ def load(
     test = files(root, _test_split(root, test_split), train.class_names)
     arguments = checked_arguments(resize, crop, flip, color_std, workers, threads)
     names = train.class_names
+    train, held = parts(train, validation)
     made = StreamedDataset if records else BlackDataset
     for pictures in (train, test) if records else ():
         check_images(pictures)
-    return made(name, train, test, len(names), class_names=names, **arguments)
+    return made(name, train, test, len(names), class_names=names, validation=held, **arguments)
 
 
 def files(root: pathlib.Path, split: str, class_names: tuple[str, ...] | None = None) -> Files:

@@ -12,6 +12,7 @@ from orthojax.data import cache, prepared
 from orthojax.data.augmentation import augment, check_images, normalize
 from orthojax.data.in_memory_batches import Batch, Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
+from orthojax.data.validation import existing, held_out, split_off
 from orthojax.errors import DatasetError
 
 # On the scale 0 to 1. CIFAR's pixels deviate by 0.2 or more; those at the rim of a digit hardly
@@ -25,13 +26,14 @@ _CHUNK = 1024  # images, when summing over a split: bounds the memory of the wid
 
 @dataclasses.dataclass(frozen=True)
 class InMemoryDataset:
-    """Two splits, and the per-pixel mean and standard deviation of the training split.
+    """Two splits or three, and the per-pixel mean and standard deviation of the training images.
 
     See `orthojax.data.Dataset` for its methods.
 
     Shapes: `mean` and `std` float32 (H, W, C), of pixels on the scale 0 to 1 (that is, divided by
     255); `std` is nowhere below `STD_FLOOR`. Labels are 0 to `num_classes - 1`. `flip` says whether
-    training images are mirrored at random.
+    training images are mirrored at random. `validation` is None, or what was held out of the
+    training split, of which `train` is the rest.
     """
 
     name: str
@@ -42,6 +44,7 @@ class InMemoryDataset:
     std: np.ndarray
     flip: bool = False
     class_names: tuple[str, ...] = ()
+    validation: Split | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -60,6 +63,11 @@ class InMemoryDataset:
         return len(self.train)
 
     @property
+    def validation_size(self) -> int:
+        """Images of the validation split; 0 without one."""
+        return 0 if self.validation is None else len(self.validation)
+
+    @property
     def test_size(self) -> int:
         """Images of the test split."""
         return len(self.test)
@@ -69,6 +77,12 @@ class InMemoryDataset:
     ) -> TrainIterator:
         """See `orthojax.data.TrainIterator`."""
         return TrainIterator(self.train, batch_size, seed, rows)
+
+    def validation_batches(
+        self, batch_size: int, rows: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """See `orthojax.data.eval_batches`."""
+        return eval_batches(existing(self.validation), batch_size, rows)
 
     def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """See `orthojax.data.eval_batches`."""
@@ -90,6 +104,7 @@ def load(
     downsample: int = 1,
     train_split: str = "train",
     test_split: str = "test",
+    validation: int | float = 0,
     cache_dir: str | None = None,
     flip: bool = False,
     records: bool = True,
@@ -105,6 +120,8 @@ def load(
       downsample: k averages k×k blocks of pixels, rounded to the nearest integer (a half to even).
       train_split: a TFDS split, which may be sliced, such as `train[:90%]`.
       test_split: likewise, such as `train[90%:]`.
+      validation: training images to hold out, see `orthojax.data.validation.held_out`; neither
+        batches nor the statistics of pixels have any of them.
       cache_dir: where decoded splits are kept; None is `$XDG_CACHE_HOME/orthojax/datasets`, or
         `~/.cache/orthojax/datasets`.
       flip: whether training images are mirrored at random.
@@ -114,7 +131,7 @@ def load(
     Raises:
       DatasetError: the name or a split is unknown, the set is not prepared, or its images are not
         uint8, of one size, and divisible by `downsample`.
-      ConfigError: an argument is of another kind.
+      ConfigError: an argument is of another kind, or `validation` leaves no image.
 
     Example:
       >>> import tempfile
@@ -133,9 +150,13 @@ def load(
     found = prepared.find(name, data_dir, prepared=records)
     _check_shape(found, downsample)
     if not records:
-        return _black(name, found, downsample, flip)
+        return _black(name, found, downsample, flip, validation)
+    number = held_out(validation, prepared.size(found, train_split))
     train = _decoded(found, train_split, downsample, cache_dir)
     test = _decoded(found, test_split, downsample, cache_dir)
+    held = None
+    if number:
+        train, held = _divided(train, number)
     return InMemoryDataset(
         name=name,
         train=Split(train["images"], train["labels"]),
@@ -145,15 +166,30 @@ def load(
         std=train["std"],
         flip=flip,
         class_names=found.class_names,
+        validation=held,
     )
 
 
-def _black(name: str, found: prepared.Source, downsample: int, flip: bool) -> InMemoryDataset:
+def _divided(train: cache.Arrays, number: int) -> tuple[cache.Arrays, Split]:
+    """A training split without `number` of its images, and these."""
+    kept, held = (
+        {key: train[key][indices] for key in ("images", "labels")}
+        for indices in split_off(len(train["labels"]), number)
+    )
+    mean, std = pixel_statistics(kept["images"])
+    return {**kept, "mean": mean, "std": std}, Split(**held)
+
+
+def _black(
+    name: str, found: prepared.Source, downsample: int, flip: bool, validation: int | float
+) -> InMemoryDataset:
     height, width, channels = found.image_shape
     shape = (height // downsample, width // downsample, channels)
     split = black_split(shape)
     mean, std = np.zeros(shape, np.float32), np.ones(shape, np.float32)
-    return InMemoryDataset(name, split, split, found.num_classes, mean, std, flip)
+    held = split if held_out(validation, BLACK_IMAGES) else None
+    classes = found.num_classes
+    return InMemoryDataset(name, split, split, classes, mean, std, flip, validation=held)
 
 
 def black_split(shape: tuple[int, int, int]) -> Split:

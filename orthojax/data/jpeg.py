@@ -23,7 +23,7 @@ except ImportError:
 
 # A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, by a smaller inverse DCT, as long as both
 # sides stay this many times as long as asked for: so near that, the result of resizing differs by
-# less than from one resampling filter to another (`tests/test_imagenet_data.py`).
+# less than from one resampling filter to another.
 REDUCTION_MARGIN = 2
 
 

@@ -19,7 +19,6 @@ from orthojax.caches import expand
 from orthojax.data.records import Records
 from orthojax.errors import DatasetError
 
-_CHUNK = 1000  # images read at a time: few enough to show progress, enough to share the overhead
 _PROGRESS_SECONDS = 1.0  # what is over sooner says nothing
 # TFDS takes the path of a set for a pattern, and array_record one with a line break for none.
 _UNREADABLE = re.compile(r"[\[*?\0\n\r\ud800-\udfff]")
@@ -302,12 +301,9 @@ def records(source: Source, split: str) -> Records:
     return Records(split, source.directory, shards, size, *keys, source.num_classes)
 
 
-def examples(source: Source, split: str) -> Any:
-    """TFDS's data source of a split, with its images as they are encoded; see `reading`."""
-    import tensorflow_datasets as tfds
-
-    decoders = {source.image_key: tfds.decode.SkipDecoding()}
-    return source.builder.as_data_source(split=split, decoders=decoders)
+def size(source: Source, split: str) -> int:
+    """How many images a split has; see `records`."""
+    return _checked_split(source, split).num_examples
 
 
 def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -324,29 +320,16 @@ def decode(source: Source, split: str) -> tuple[np.ndarray, np.ndarray]:
       DatasetError: there is no such split, it is empty, its records cannot be read, or a label is
         outside the classes.
     """
-    size = _checked_split(source, split).num_examples
-    records = examples(source, split)
-    images = np.empty((size, *source.image_shape), np.uint8)
-    labels = np.empty(size, np.int32)
+    encoded = records(source, split)
+    images = np.empty((len(encoded), *source.image_shape), np.uint8)
+    labels = np.empty(len(encoded), np.int32)
     title = f"decoding {source.full_name} {split}"
     progress = tqdm.tqdm(
-        total=size, desc=title, unit="images", delay=_PROGRESS_SECONDS, mininterval=1
+        range(len(encoded)), title, unit="images", delay=_PROGRESS_SECONDS, mininterval=1
     )
-    with quiet(), progress:
-        for start in range(0, size, _CHUNK):
-            rows = range(start, min(start + _CHUNK, size))
-            with reading(source):
-                chunk = records.__getitems__(rows)
-            for row, example in zip(rows, chunk, strict=True):
-                images[row] = _decode_image(source, split, row, example[source.image_key])
-                labels[row] = example[source.label_key]
-            progress.update(len(rows))
-    outside = np.flatnonzero((labels < 0) | (labels >= source.num_classes))
-    if len(outside):
-        raise DatasetError(
-            f"split {split!r} of {source.full_name} has the label {labels[outside[0]]} in record "
-            f"{outside[0]}, and there are {source.num_classes} classes; choose a split with labels"
-        )
+    for row in progress:
+        image, labels[row] = encoded[row]
+        images[row] = _decode_image(source, split, row, image)
     return images, labels
 
 
@@ -383,18 +366,6 @@ def _checked_split(source: Source, split: str) -> Any:
             f"split {split!r} of {source.full_name} holds no image; choose a larger one"
         )
     return found
-
-
-@contextlib.contextmanager
-def reading(source: Source) -> Iterator[None]:
-    """Raises `DatasetError` for what reading a TFDS data source raises where it is damaged."""
-    try:
-        yield
-    except Exception as error:  # no such file, too short, wrong hash; no example of this set
-        raise DatasetError(
-            f"the records in {source.directory} are damaged or incomplete ({error}); remove that "
-            "directory and prepare the set again"
-        ) from error
 
 
 @contextlib.contextmanager

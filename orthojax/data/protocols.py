@@ -39,13 +39,14 @@ class TrainBatches(Protocol):
 
 
 class Dataset(Protocol):
-    """An image-classification set with a training and a test split.
+    """An image-classification set with a training and a test split, and perhaps a third.
 
     Attributes:
       name: what it was loaded as.
       num_classes: labels are 0 to `num_classes - 1`.
       image_shape: (H, W, C) of what the net sees.
-      train_size: images of the training split.
+      train_size: images of the training split, without those of the validation split.
+      validation_size: images of the validation split; 0 without one.
       test_size: images of the test split.
       preprocessing: what evaluation does to an image, without the data set.
     """
@@ -61,6 +62,9 @@ class Dataset(Protocol):
 
     @property
     def train_size(self) -> int: ...
+
+    @property
+    def validation_size(self) -> int: ...
 
     @property
     def test_size(self) -> int: ...
@@ -79,6 +83,12 @@ class Dataset(Protocol):
             at a position of the stream is a function of the seed and the position alone.
           rows: which rows of every global batch to give, in ascending order; None is all.
         """
+        ...
+
+    def validation_batches(
+        self, batch_size: int, rows: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """One pass over the validation split, as `test_batches`; `DatasetError` without one."""
         ...
 
     def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:

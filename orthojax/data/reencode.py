@@ -69,7 +69,9 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         import grain
 
         records = prepared.records(self._original, split)
-        square = functools.partial(self._square, prepared.examples(self._original, split))
+        decoders = {self._original.image_key: tfds.decode.SkipDecoding()}
+        examples = self._original.builder.as_data_source(split=split, decoders=decoders)
+        square = functools.partial(self._square, examples)
         squares = grain.MapDataset.range(len(records)).map(square)
         options = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=64)
         undecodable, kept = Undecodable(records, "left out"), 0
@@ -91,8 +93,13 @@ class Squares(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
         from orthojax.data import jpeg
 
-        with prepared.reading(self._original):
+        try:
             example = examples[row]
+        except Exception as error:  # no such file, too short, wrong hash; no example of this set
+            raise DatasetError(
+                f"the records in {self._original.directory} are damaged or incomplete ({error}); "
+                "remove that directory and prepare the set again"
+            ) from error
         key = self._original.image_key
         try:
             image = jpeg.decode(example[key], at_least=self._size)

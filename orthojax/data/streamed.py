@@ -15,6 +15,7 @@ from orthojax.data.in_memory_batches import Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
 from orthojax.data.protocols import Batch, TrainBatches
 from orthojax.data.records import Records, check_images
+from orthojax.data.validation import existing, parts
 from orthojax.extras import require
 from orthojax.parallel.cores import usable_cores
 
@@ -39,6 +40,7 @@ class StreamedDataset:
     workers: int
     threads: int
     class_names: tuple[str, ...] = ()
+    validation: Records | None = None
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -57,6 +59,11 @@ class StreamedDataset:
         return len(self.train)
 
     @property
+    def validation_size(self) -> int:
+        """Images of the validation split; 0 without one."""
+        return 0 if self.validation is None else len(self.validation)
+
+    @property
     def test_size(self) -> int:
         """Images of the test split."""
         return len(self.test)
@@ -71,13 +78,15 @@ class StreamedDataset:
             self.train, self._geometry(), batch_size, seed, rows, **self._processes()
         )
 
+    def validation_batches(
+        self, batch_size: int, rows: np.ndarray | None = None
+    ) -> Iterator[Batch]:
+        """See `orthojax.data.Dataset`, and `test_batches`."""
+        return self._one_pass(existing(self.validation), batch_size, rows)
+
     def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
         """See `orthojax.data.Dataset`; an image that cannot be decoded counts as padding."""
-        from orthojax.data import streamed_batches
-
-        return streamed_batches.streamed_test_batches(
-            self.test, self._geometry(), batch_size, rows, **self._processes()
-        )
+        return self._one_pass(self.test, batch_size, rows)
 
     def augment(self, images: jax.Array, key: jax.Array) -> jax.Array:
         """See `orthojax.data.augmentation.augment_photographs`."""
@@ -86,6 +95,15 @@ class StreamedDataset:
     def normalize(self, images: jax.Array) -> jax.Array:
         """See `orthojax.data.augmentation.standardize_rgb`."""
         return standardize_rgb(images)
+
+    def _one_pass(
+        self, records: Records, batch_size: int, rows: np.ndarray | None
+    ) -> Iterator[Batch]:
+        from orthojax.data import streamed_batches
+
+        return streamed_batches.one_pass(
+            records, self._geometry(), batch_size, rows, **self._processes()
+        )
 
     def _geometry(self):
         from orthojax.data.streamed_batches import Geometry
@@ -105,8 +123,9 @@ class BlackDataset(StreamedDataset):
         """See `orthojax.data.Dataset`."""
         return TrainIterator(self._black(), batch_size, seed, rows)
 
-    def test_batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Batch]:
-        """See `orthojax.data.Dataset`."""
+    def _one_pass(
+        self, records: Records, batch_size: int, rows: np.ndarray | None
+    ) -> Iterator[Batch]:
         return eval_batches(self._black(), batch_size, rows)
 
     def _black(self) -> Split:
@@ -119,6 +138,7 @@ def load(
     *,
     train_split: str = "train",
     test_split: str = "validation",
+    validation: int | float = 0,
     resize: int = 256,
     crop: int = 224,
     flip: bool = True,
@@ -139,6 +159,7 @@ def load(
       data_dir: TFDS data directory; None is `$TFDS_DATA_DIR` or `~/tensorflow_datasets`.
       train_split: a TFDS split, which may be sliced, such as `train[:90%]`.
       test_split: likewise.
+      validation: training images to hold out, see `orthojax.data.validation.held_out`.
       resize: in pixels.
       crop: in pixels, at most `resize`; what the net sees.
       flip: whether training images are mirrored at random.
@@ -162,13 +183,21 @@ def load(
     if not records:
         keys = found.image_key, found.label_key
         nothing = Records("", "", (), BLACK_IMAGES, *keys, found.num_classes)
-        return BlackDataset(name, nothing, nothing, found.num_classes, **arguments)
+        train, held = parts(nothing, validation)
+        return BlackDataset(name, train, nothing, found.num_classes, **arguments, validation=held)
     require("imagenet", f"reading {name!r}")
     train, test = (prepared.records(found, split) for split in (train_split, test_split))
+    train, held = parts(train, validation)
     check_images(train)
     check_images(test)
     return StreamedDataset(
-        name, train, test, found.num_classes, class_names=found.class_names, **arguments
+        name,
+        train,
+        test,
+        found.num_classes,
+        class_names=found.class_names,
+        validation=held,
+        **arguments,
     )
 
 

@@ -247,7 +247,7 @@ class StreamedTrainIterator(sampler.Resumable):
             self._batches = None
 
 
-def streamed_test_batches(
+def one_pass(
     records: Records,
     geometry: Geometry,
     batch_size: int,
@@ -272,10 +272,10 @@ def streamed_test_batches(
     own = Rows(place, batch_size, wanted, batches=count)
     decode = Decode(records, geometry, replace=False)
     workers = min(workers, -(-len(own) // CHUNK))
-    return _test_batches(own, decode, len(wanted), workers, threads, records=records)
+    return _one_pass(own, decode, len(wanted), workers, threads, records=records)
 
 
-def _test_batches(*arguments: Any, records: Records) -> Iterator[Batch]:
+def _one_pass(*arguments: Any, records: Records) -> Iterator[Batch]:
     batches, undecodable = decoded_batches(*arguments), Undecodable(records, "left out")
     broken, whole = [], False
     try:

@@ -9,7 +9,7 @@ from orthojax.training.restore import read_trained
 
 
 def load_classifier(
-    workdir: str | os.PathLike, step: int | str = "best", own_net: str | None = None
+    workdir: str | os.PathLike, step: int | str = "latest", own_net: str | None = None
 ) -> Classifier:
     """Loads the net of a run, on one device; neither its data set nor its optimizer is needed.
 
@@ -18,8 +18,8 @@ def load_classifier(
 
     Args:
       workdir: of `orthojax.train_and_evaluate`, or `gs://…`.
-      step: "best", by test accuracy (the newest where nothing was evaluated); "latest"; or one of
-        the steps that are kept.
+      step: "latest"; one of the steps that are kept; or "best", by validation accuracy, which only
+        a run with `dataset.validation` has.
       own_net: the `package.module:Net` that the run was trained with, if that is none of
         `orthojax.models`: its module is imported and run.
 
@@ -30,7 +30,8 @@ def load_classifier(
     Raises:
       ConfigError: `workdir` is no path, `step` nothing of the above, or `own_net` no name; or JAX
         finds no device.
-      WorkdirError: there is no run, no such step, something of it is damaged, or its net is
+      WorkdirError: there is no run, no such step or no best one,
+        something of it is damaged, or its net is
         somebody's own and not `own_net`.
 
     Example:
@@ -44,7 +45,7 @@ def load_classifier(
     """
     checks.path("workdir", workdir)
     if step not in ("best", "latest") and not str(step).isdecimal():
-        raise checks.refuse("step", step, "'best', 'latest' or the number of a step that is kept")
+        raise checks.refuse("step", step, "'latest', 'best' or the number of a step that is kept")
     if not isinstance(own_net, str | None):
         raise checks.refuse("own_net", own_net, "the package.module:Net of the run, or None")
     available_devices()

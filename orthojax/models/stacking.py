@@ -38,28 +38,33 @@ class Stage(nn.Module):
     remat: str
 
     def _block(self, name: str, stride: int = 1) -> nn.Module:
-        block = self.block
-        if self.remat == "blocks":
-            # A scan's two loops keep XLA from merging what is computed twice.
-            merged = name != _SCANNED
-            block = nn.remat(block, prevent_cse=merged, static_argnums=(2,))  # `train`
-        return block(self.features, self.spec, stride, self.layout, name=name)
+        return self.block(self.features, self.spec, stride, self.layout, name=name)
 
     @nn.compact
     def __call__(self, x, train: bool):
+        def call(block, x):
+            return block(x, train)
+
+        def scanned_call(block, x, _):
+            return looped(block, x), None
+
+        again = looped = call
+        if self.remat == "blocks":
+            # A scan's two loops keep XLA from merging what is computed twice.
+            again, looped = nn.remat(call), nn.remat(call, prevent_cse=False)
         equal = self.blocks
         channels = self.features * self.layout.expansion * self.spec.activation.copies
         if self.stride != 1 or x.shape[-1] != channels:
-            x = self._block("entry", self.stride)(x, train)
+            x = again(self._block("entry", self.stride), x)
             equal -= 1
         if not self.scan:
             for index in range(equal):
-                x = self._block(f"{_PREFIX}{index}")(x, train)
+                x = again(self._block(f"{_PREFIX}{index}"), x)
         elif equal and self.remat == "segments" and not self.is_initializing():
             x = self._segmented(x, equal, train)
         elif equal:
             scanned = nn.scan(
-                lambda block, x, _: (block(x, train), None),
+                scanned_call,
                 variable_axes={"params": 0, "batch_stats": 0},
                 split_rngs={"params": True},
                 length=equal,

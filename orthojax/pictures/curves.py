@@ -17,8 +17,9 @@ def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> N
     """Draws loss and accuracy against training steps, two panels, as a PNG.
 
     Args:
-      records: from `orthojax.storage.metrics.read_metrics`; of the kinds `train` and `test`, the
-        keys `loss` and `accuracy` (a fraction of one) are drawn where present and finite.
+      records: from `orthojax.storage.metrics.read_metrics`; of the kinds `train`, `validation`
+        and `test`, the keys `loss` and `accuracy` (a fraction of one) are drawn where present and
+        finite.
       path: the picture to write.
       title: stands above both panels.
 
@@ -33,6 +34,7 @@ def draw_curves(records: Records, path: str | os.PathLike, title: str = "") -> N
     records = list(records)
     lines = [
         (records, "train", {"label": "train", "color": COLORS[0], **_THIN}),
+        (records, "validation", {"label": "validation", "color": COLORS[2], **_MARKED}),
         (records, "test", {"label": "test", "color": COLORS[1], **_MARKED}),
     ]
     _draw(lines, path, title)
@@ -43,7 +45,7 @@ def draw_comparison(
 ) -> None:
     """Draws several methods in the panels of `draw_curves`, one color each.
 
-    Training curves are thin, test curves have markers.
+    Training curves are thin; test curves have markers, and with a validation split are a point.
 
     Args:
       runs: from a method's name to the records of its runs, one for each seed.

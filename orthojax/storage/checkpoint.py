@@ -1,6 +1,7 @@
 """Checkpoints that are finished or absent, and a restore that survives a damaged one."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import logging
@@ -9,26 +10,25 @@ import pathlib
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers as policies
 
 from orthojax.console import printable
 from orthojax.errors import WorkdirError
 from orthojax.storage.checksums import CHECKSUMS, find_damage, write_checksums
 from orthojax.storage.paths import is_remote, name_fault, set_aside, to_path
-from orthojax.storage.saved import METRIC, layout_differences, saved_accuracy, saved_steps
+from orthojax.storage.saved import layout_differences, saved_steps
 
 
 class _WithoutOrbaxChatter(logging.Filter):
     """Drops what orbax tells at levels below WARNING, and nothing of anybody else's.
 
-    Of the warnings, one: that a checkpoint without a test accuracy has none. Of the errors, those
-    of threads and coroutines that save, with a traceback each: `Checkpointer` raises them.
+    Of the errors, those of threads and coroutines that save, with a traceback each: `Checkpointer`
+    raises them.
     """
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -37,24 +37,33 @@ class _WithoutOrbaxChatter(logging.Filter):
             places += [frame.filename for frame in traceback.extract_tb(record.exc_info[2])]
         if not any(f"{os.sep}orbax{os.sep}" in place for place in places):
             return True
-        without_metrics = "did not provide metrics" in str(record.msg)
-        return record.levelno >= logging.WARNING and not (without_metrics or record.exc_info)
+        return record.levelno >= logging.WARNING and not record.exc_info
 
 
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_WithoutOrbaxChatter())
 
 
-def _test_accuracy(metrics: dict[str, float]) -> float:
-    return metrics[METRIC]
-
-
 class Restored(NamedTuple):
-    """What `Checkpointer.restore_latest` found."""
+    """What `Checkpointer.restore_latest` found; see `Checkpointer.save`."""
 
     step: int
     state: Any
     data_state: dict
+    best: dict | None
+
+
+@dataclasses.dataclass
+class _NewestAndBest:
+    """Which checkpoints stay, as a `PreservationPolicy` of orbax's."""
+
+    keep: int
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        newest = len(checkpoints) - self.keep
+        return [k >= newest or found.step == self.best for k, found in enumerate(checkpoints)]
 
 
 class Checkpointer:
@@ -70,8 +79,7 @@ class Checkpointer:
 
     Args:
       directory: holds one subdirectory for each step; created when missing; may be `gs://…`.
-      keep: how many of the newest checkpoints stay. Of those saved with a test accuracy the best
-        stays too (the newest of equals).
+      keep: how many of the newest checkpoints stay; the best stays too, if the newest names one.
 
     Raises:
       WorkdirError: what is saved there could not be read again, by the name of the directory; or
@@ -97,23 +105,14 @@ class Checkpointer:
         self._directory = path if self._remote else path.absolute()
         if fault := name_fault(self._directory):
             raise WorkdirError(fault)
+        self._kept = _NewestAndBest(keep)
         self._saving_step: int | None = None
         if not self._remote:
             self._set_aside_unlistable()
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [
-                        policies.LatestN(keep),
-                        policies.BestN(
-                            get_metric_fn=_test_accuracy,
-                            n=1,
-                            keep_checkpoints_without_metrics=False,
-                        ),
-                    ]
-                ),
-                best_fn=_test_accuracy,  # without it orbax keeps no metrics
+                preservation_policy=self._kept,
                 cleanup_tmp_directories=True,  # what a killed process left
                 # Despite its name it runs before the rename: the checksums cannot be missing
                 # from a finished checkpoint.
@@ -127,7 +126,7 @@ class Checkpointer:
         state: Any,
         data_state: dict,
         *,
-        test_accuracy: float | None = None,
+        best: Mapping[str, Any] | None = None,
         wait: bool = False,
     ) -> None:
         """Saves in the background; a step that is already there is left as it is.
@@ -140,20 +139,21 @@ class Checkpointer:
           step: number of finished training steps.
           state: pytree of jax arrays.
           data_state: position of the data, of JSON's types.
-          test_accuracy: of this state, where it has been evaluated.
+          best: None, or of JSON's types: what is known of the best checkpoint so far, whose number
+            is its `step`.
           wait: return only once the checkpoint is finished.
         """
         if step not in self._manager.all_steps():
             self.wait()
             self._saving_step = step
-            position = {"data_state": data_state, "layout": layout(state)}
+            self._kept.best = best and best["step"]
+            position = {"data_state": data_state, "layout": layout(state), "best": best}
             with _storage_errors_named(self._directory):
                 self._manager.save(
                     step,
                     args=ocp.args.Composite(
                         state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)
                     ),
-                    metrics=None if test_accuracy is None else {METRIC: test_accuracy},
                     force=True,
                 )
         if wait:
@@ -183,16 +183,6 @@ class Checkpointer:
         if unreadable:
             raise _unreadable(self._directory, unreadable)
         return None
-
-    def best(self) -> tuple[int, float] | None:
-        """Step and test accuracy of the best checkpoint saved with one, or None."""
-        accuracies = {
-            step: _test_accuracy(metrics)
-            for step in self._manager.all_steps()
-            if (metrics := self._manager.metrics(step)) is not None
-        }
-        best = max(accuracies, key=lambda step: (accuracies[step], step), default=None)
-        return None if best is None else (best, accuracies[best])
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, or None."""
@@ -251,7 +241,7 @@ class Checkpointer:
             partial_restore=True,
         )
         state = self._manager.restore(step, args=ocp.args.Composite(state=wanted)).state
-        return Restored(step, state, position["data_state"])
+        return Restored(step, state, position["data_state"], position.get("best"))
 
     def _set_aside(self, step: int, reason: str, restored_step: int) -> None:
         if jax.process_index() == 0:
@@ -308,10 +298,6 @@ def _listing_damage(checkpoint: pathlib.Path) -> str | None:
     with contextlib.suppress(OSError, ValueError):  # which orbax does without
         if not isinstance(json.loads(metadata.read_bytes()), dict):
             return f"{metadata.name} is damaged"
-    try:
-        saved_accuracy(checkpoint)
-    except WorkdirError as error:
-        return str(error)
     return None
 
 

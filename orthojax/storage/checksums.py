@@ -2,21 +2,20 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from orthojax.errors import WorkdirError
-from orthojax.storage.paths import foreign, inside, to_path, write_atomic
+from orthojax.storage.paths import foreign, inside, write_atomic
 
 CHECKSUMS = "checksums.json"
 
 
-def write_checksums(directory: str | os.PathLike, names: Sequence[str]) -> None:
+def write_checksums(directory: Any, names: Sequence[str]) -> None:
     """Writes `checksums.json` with the SHA-256 of files, and of every file below subdirectories.
 
     Args:
-      directory: may be `gs://…`, if the names are of files.
+      directory: from `to_path`; of an object store if the names are of files.
       names: of what is in it; what is missing is left out.
 
     Example:
@@ -30,7 +29,6 @@ def write_checksums(directory: str | os.PathLike, names: Sequence[str]) -> None:
       >>> find_damage(directory)
       'state/kernel is damaged: its checksum is not the one that was saved'
     """
-    directory = to_path(directory)
     checksums = {
         path.relative_to(directory).as_posix(): _sha256(path)
         for name in names
@@ -39,7 +37,7 @@ def write_checksums(directory: str | os.PathLike, names: Sequence[str]) -> None:
     write_atomic(directory / CHECKSUMS, json.dumps(checksums, indent=1).encode())
 
 
-def find_damage(directory: str | os.PathLike, only: str = "") -> str | None:
+def find_damage(directory: Any, only: str = "") -> str | None:
     """Says which file is missing or other than it was, or returns None where all are well.
 
     A file outside the directory, whether by its name or by a link, is damage, and is not opened.
@@ -48,7 +46,6 @@ def find_damage(directory: str | os.PathLike, only: str = "") -> str | None:
       directory: with a `checksums.json` in it.
       only: the one file to look at; one that has no checksum is damaged. Empty is all of them.
     """
-    directory = to_path(directory)
     name = CHECKSUMS
     try:
         saved = json.loads(inside(directory, CHECKSUMS).read_bytes())

@@ -1,7 +1,6 @@
 """Reads the checkpoints of a run at any moment, and changes nothing: training may go on beside."""
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -10,9 +9,8 @@ from orthojax.errors import WorkdirError
 from orthojax.storage.checksums import find_damage
 from orthojax.storage.paths import NEVER, inside, is_remote, name_fault
 
-METRIC = "test_accuracy"
-METRICS = "metrics/metrics"  # in a checkpoint: a file of JSON
-POSITION = "position/metadata"  # likewise: position of the data, and the layout of the state
+# In a checkpoint, a file of JSON: position of the data, layout of the state, the best so far.
+POSITION = "position/metadata"
 _ATTEMPTS = 50  # of a reader whose checkpoints are removed while it reads them
 _SECONDS = 0.1  # in which a checkpoint that is being removed becomes another
 
@@ -31,24 +29,19 @@ def saved_steps(directory: Any) -> list[int]:
     return sorted(step for step in steps if (paths.get(str(step), directory) / done).exists())
 
 
-def saved_accuracy(checkpoint: Any) -> float | None:
-    """The test accuracy that a checkpoint was saved with, or None where it has none.
+def best_step(checkpoint: Any) -> int | None:
+    """Which step was the best by validation accuracy when a checkpoint was saved.
+
+    None where nothing had been evaluated on a validation split.
 
     Raises:
-      WorkdirError: its metrics are damaged.
+      WorkdirError: the file that says so is damaged.
     """
-    damage = None if is_remote(checkpoint) else find_damage(checkpoint, METRICS)
-    try:
-        if damage is None:
-            accuracy = float(json.loads(inside(checkpoint, METRICS).read_bytes())[METRIC])
-            if math.isfinite(accuracy):
-                return accuracy
-            damage = f"{METRICS} is damaged: {METRIC} is {accuracy}"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        damage = f"{METRICS} is damaged: {error}"
-    raise WorkdirError(damage)
+    damage = None if is_remote(checkpoint) else find_damage(checkpoint, POSITION)
+    if damage:
+        raise WorkdirError(damage)
+    best = json.loads(inside(checkpoint, POSITION).read_bytes()).get("best")
+    return best and best["step"]
 
 
 def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tuple[T, int]:
@@ -58,7 +51,7 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
 
     Args:
       directory: of the checkpoints of a run.
-      step: "best", "latest", or a number; see `orthojax.load_classifier`.
+      step: "latest", "best", or a number; see `orthojax.load_classifier`.
       read: is called with the path of a checkpoint.
 
     Returns:
@@ -77,10 +70,12 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
             steps = saved_steps(directory)
             if not steps:
                 raise WorkdirError(f"there is no checkpoint in {directory}")
-            accuracies = {}
-            for looked_at in steps if step == "best" else ():
-                accuracies[looked_at] = saved_accuracy(directory / str(looked_at)) or 0.0
-            looked_at = _chosen(directory, step, steps, accuracies)
+            wanted = step
+            if step == "best":
+                looked_at = steps[-1]  # if that is damaged
+                wanted = best_step(directory / str(looked_at))
+                looked_at = None
+            looked_at = _chosen(directory, wanted, steps)
             checkpoint = directory / str(looked_at)
             if not is_remote(directory) and (damage := find_damage(checkpoint)):
                 raise WorkdirError(damage)
@@ -100,7 +95,7 @@ def read_saved(directory: Any, step: int | str, read: Callable[[Any], T]) -> tup
             raise WorkdirError(f"{checkpoint} cannot be read: {error}{out}") from error
     raise WorkdirError(
         f"the checkpoints in {directory} are removed faster than they can be read; name a step "
-        "that stays, such as best, or try again when training has ended"
+        "that stays, or try again when training has ended"
     )
 
 
@@ -128,19 +123,18 @@ def _listing(checkpoint: Any) -> list[str] | None:
     return sorted(map(str, found))
 
 
-def _chosen(
-    directory: Any, step: int | str, steps: list[int], accuracies: Mapping[int, float]
-) -> int:
+def _chosen(directory: Any, step: int | str | None, steps: list[int]) -> int:
     if step == "latest":
         return steps[-1]
-    if step == "best":
-        return max(steps, key=lambda number: (accuracies[number], number))
     if str(step).isdecimal() and int(step) in steps:
         return int(step)
-    raise WorkdirError(
-        f"there is no checkpoint of step {step!r} in {directory}; choose best, latest or one of "
-        f"{_numbers(steps)}"
-    )
+    found = f"there is no checkpoint of step {step!r} in {directory}"
+    if step is None:
+        found = (
+            f"no checkpoint in {directory} is the best: this run has not been evaluated on a "
+            "validation split, which another run gets by dataset.validation"
+        )
+    raise WorkdirError(f"{found}; choose latest or one of {_numbers(steps)}")
 
 
 def _numbers(steps: list[int]) -> str:

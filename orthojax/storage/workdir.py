@@ -27,7 +27,6 @@ from orthojax.storage.paths import (
     is_remote,
     name_fault,
     set_aside,
-    to_path,
     write_atomic,
 )
 from orthojax.storage.saved import saved_steps
@@ -57,6 +56,7 @@ _WITHOUT_EFFECT = (
     ),
     "tensorboard:",
 )
+_LENGTH = ("steps:", "patience:")  # when training ends
 _LAST_BITS = ("packages.jaxlib:", "backend:", "device_kind:", "device_count:")
 # What Lustre without flock, NFS without a lock daemon, and others answer.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -66,23 +66,22 @@ _claimed: dict[str, tuple[int, int]] = {}  # device and inode of the lock, by di
 _ATTEMPTS, _SECONDS = 5, 0.1  # of a reader, while a start of the run writes its files anew
 
 
-def claim(
-    workdir: str | os.PathLike, config: Mapping, check: Callable[[], None] = lambda: None
-) -> None:
+def claim(workdir: Any, config: Mapping, check: Callable[[], None] = lambda: None) -> None:
     """Makes `workdir` this run's own until the process ends, or says why it cannot be.
 
     A new or empty directory receives `config.json` (the resolved config) and `environment.json`
     (a list with one entry for each start of the run: versions, devices, seed, command line).
     Where `config.json` holds an equal config the run is being resumed. What the results do not
     depend on may differ (the section `mesh`, where and by how many workers the data is read, how
-    often something is recorded or saved), and so may `steps`: then the run goes on, and is longer.
+    often something is recorded or saved), and so may `steps` and `patience`: then the run goes on,
+    and is longer.
     The directory is locked as long as the process lives; the operating system frees the lock even
     after `kill -9`. (In an object store there are no locks: there, starting one run at a time is
     the user's part. So it is on a file system without `flock`, which is reported on stderr.)
     Of several JAX processes the first one alone may call this.
 
     Args:
-      workdir: a path on a local or shared file system, or `gs://…`.
+      workdir: from `orthojax.storage.paths.to_path`, as in all of this module.
       config: the resolved config, a Mapping or an ml_collections ConfigDict.
       check: is called once the directory is locked and its config agrees, before anything is
         written; what it raises leaves the directory as it was.
@@ -99,7 +98,7 @@ def claim(
       >>> sorted(path.name for path in workdir.iterdir())
       ['config.json', 'environment.json', 'lock']
     """
-    workdir, config = to_path(workdir), to_json(config)
+    config = to_json(config)
     _open_directory(workdir)
     if fault := foreign(workdir):
         raise WorkdirError(f"{fault}; put a file in its place, or choose another --workdir")
@@ -107,7 +106,7 @@ def claim(
         _lock(workdir)
     if (workdir / CONFIG).exists():
         saved = _read_json(workdir / CONFIG)
-        _refuse(workdir, _changes(saved, config, (*_WITHOUT_EFFECT, "steps:")))
+        _refuse(workdir, _changes(saved, config, (*_WITHOUT_EFFECT, *_LENGTH)))
         _check_length(workdir, saved, config)
     else:
         saved = None
@@ -122,13 +121,13 @@ def may_differ(key: str) -> bool:
     """Whether a run may go on with another value of a key of its config, or of a whole section.
 
     Example:
-      >>> [may_differ(key) for key in ("mesh.fsdp", "mesh", "steps", "seed", "dataset")]
+      >>> [may_differ(key) for key in ("mesh.fsdp", "mesh", "patience", "seed", "dataset")]
       [True, True, True, False, False]
     """
-    return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, "steps:")) for end in ":.")
+    return any(f"{key}{end}".startswith((*_WITHOUT_EFFECT, *_LENGTH)) for end in ":.")
 
 
-def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
+def note_start(workdir: Any, **facts: Any) -> list[str]:
     """Adds facts to what `environment.json` says of the last start.
 
     Returns:
@@ -144,7 +143,7 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
       >>> told
       ["convolution: 'native 0a1b' -> 'XLA'"]
     """
-    path = to_path(workdir) / "environment.json"
+    path = workdir / "environment.json"
     *before, start = json.loads(path.read_bytes())
     start |= facts
     write_json_atomic(path, [*before, start])
@@ -157,13 +156,12 @@ def note_start(workdir: str | os.PathLike, **facts: Any) -> list[str]:
     return [line for line in differences(noted[-1], start) if line.startswith(watched)]
 
 
-def check_workdir(workdir: str | os.PathLike) -> None:
+def check_workdir(workdir: Any) -> None:
     """Finds out, before the work and making nothing, whether `claim` could make the directory.
 
     Raises:
       WorkdirError: its name, or what it lies in, is no place for a run.
     """
-    workdir = to_path(workdir)
     if fault := name_fault(workdir):
         raise WorkdirError(f"--workdir: {fault}")
     if is_remote(workdir):
@@ -184,7 +182,7 @@ def check_workdir(workdir: str | os.PathLike) -> None:
         raise WorkdirError(f"{error}; choose a --workdir that you can write to") from None
 
 
-def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
+def check_config(workdir: Any, config: Mapping) -> None:
     """Compares the config of the run in `workdir` with another; see `claim` for what may differ.
 
     Raises:
@@ -200,13 +198,13 @@ def check_config(workdir: str | os.PathLike, config: Mapping) -> None:
       ...
       orthojax.errors.WorkdirError: ...: 0 -> 1...
     """
-    saved = to_path(workdir) / CONFIG
+    saved = workdir / CONFIG
     if not saved.exists():
         raise WorkdirError(f"{workdir} holds no run (there is no {CONFIG} in it)")
     _refuse(workdir, _changes(_read_json(saved), to_json(config), _WITHOUT_EFFECT))
 
 
-def seal(workdir: str | os.PathLike, *written: str) -> None:
+def seal(workdir: Any, *written: str) -> None:
     """Keeps the checksums of what `read_run_file` reads, in `checksums.json`.
 
     Args:
@@ -214,12 +212,12 @@ def seal(workdir: str | os.PathLike, *written: str) -> None:
       *written: names of files that are as they should be. Of the others those are covered that
         have been, and are as they were.
     """
-    first = not (to_path(workdir) / CHECKSUMS).exists()
+    first = not (workdir / CHECKSUMS).exists()
     others = [name for name in _SEALED if first or not find_damage(workdir, name)]
     write_checksums(workdir, [name for name in _SEALED if name in written or name in others])
 
 
-def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
+def read_run_file(workdir: Any, name: str) -> dict[str, Any]:
     """Reads a file of a run, whose checksum is right if it has one; the run may be training.
 
     Args:
@@ -229,7 +227,6 @@ def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
     Raises:
       WorkdirError: there is no run, or the file is missing or damaged.
     """
-    workdir = to_path(workdir)
     for _ in range(_ATTEMPTS):
         try:
             value = json.loads(inside(workdir, name).read_bytes())
@@ -256,13 +253,12 @@ def read_run_file(workdir: str | os.PathLike, name: str) -> dict[str, Any]:
     )
 
 
-def check_owned(workdir: str | os.PathLike) -> None:
+def check_owned(workdir: Any) -> None:
     """Says if `workdir` is no longer the directory that this process has claimed, if it has.
 
     Raises:
       WorkdirError: it has been removed, or another one is in its place.
     """
-    workdir = to_path(workdir)
     claimed = _claimed.get(os.path.abspath(workdir))
     try:
         status = os.stat(workdir / "lock") if claimed else None

@@ -71,17 +71,16 @@ def compile_steps(experiment: Experiment) -> CompiledSteps:
     split = batch_sharding(experiment.mesh, batch_size)
     rows = local_rows(split, batch_size)
     state = abstract_state(experiment)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     options = ONCE.get(experiment.mesh.devices.flat[0].platform)
-    lowered = lower_train_step(experiment)
-    init = jax.jit(_init(experiment), out_shardings=shardings, compiler_options=options)
+    lowered = lower_train_step(experiment, state)
+    init = jax.jit(_init(experiment), out_shardings=_shardings(state), compiler_options=options)
     return CompiledSteps(
         abstract_state=state,
         hyperparams=experiment.hyperparams,
         compiled_init=init.lower(_abstract_hyperparams(experiment).seed).compile(),
         compiled_train_step=lowered.compile(),
-        eval_step=_lower_eval_step(experiment).compile(),
-        recalibrate=_compile_recalibrate(experiment),
+        eval_step=_lower_eval_step(experiment, state).compile(),
+        recalibrate=_compile_recalibrate(experiment, state),
         rows=rows,
         put=functools.partial(to_devices, split, batch_size, rows),
         convolution=native.describe(lowered),
@@ -99,8 +98,13 @@ def abstract_state(experiment: Experiment) -> TrainState:
     )
 
 
-def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
-    """The training step of an experiment, traced and ready to compile for its mesh."""
+def lower_train_step(experiment: Experiment, state: TrainState) -> jax.stages.Lowered:
+    """The training step of an experiment, traced and ready to compile for its mesh.
+
+    Args:
+      experiment: what is trained.
+      state: of `abstract_state`.
+    """
 
     def train_step(state, batch, hyperparams):
         optimizer = experiment.optimizer(hyperparams)
@@ -109,21 +113,22 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
         step = make_train_step(experiment.net, optimizer, augment, hyperparams.seed, gather)
         return step(state, batch)
 
-    state = abstract_state(experiment)
     batch = _abstract_batch(experiment, image="uint8", label="int32")
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, state), replicated(experiment.mesh)
+    shardings = _shardings(state), replicated(experiment.mesh)
     jitted = jax.jit(train_step, out_shardings=shardings, donate_argnums=0)
     return jitted.lower(state, batch, _abstract_hyperparams(experiment))
 
 
-def _lower_eval_step(experiment: Experiment) -> jax.stages.Lowered:
+def _lower_eval_step(experiment: Experiment, state: TrainState) -> jax.stages.Lowered:
     step = make_eval_step(experiment.net, experiment.dataset.normalize, _gather(experiment))
     batch = _abstract_batch(experiment, image="uint8", label="int32", mask="float32")
     jitted = jax.jit(step, out_shardings=replicated(experiment.mesh))
-    return jitted.lower(abstract_state(experiment), batch)
+    return jitted.lower(state, batch)
 
 
-def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], TrainState]:
+def _compile_recalibrate(
+    experiment: Experiment, state: TrainState
+) -> Callable[[TrainState], TrainState]:
     settings, dataset, mesh = experiment.settings, experiment.dataset, experiment.mesh
     size = settings.recalibrate_bn
     if not size:
@@ -131,12 +136,11 @@ def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], Train
     split = batch_sharding(mesh, size)
     rows = local_rows(split, size)
     recalibrate = make_recalibrate(experiment.net, dataset.normalize, _gather(experiment))
-    state = abstract_state(experiment)
     images = jax.ShapeDtypeStruct((size, *dataset.image_shape), "uint8", sharding=split)
     # The statistics alone: the rest of the state would be copied on its way out.
     statistics = jax.jit(
         lambda state, images: recalibrate(state, images).batch_stats,
-        out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state.batch_stats),
+        out_shardings=_shardings(state.batch_stats),
     )
     compiled = statistics.lower(state, images).compile()
 
@@ -149,6 +153,10 @@ def _compile_recalibrate(experiment: Experiment) -> Callable[[TrainState], Train
             batches.close()
 
     return lambda state: state.replace(batch_stats=compiled(state, batch()))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def _init(experiment: Experiment):

@@ -29,7 +29,8 @@ class Settings:
 
     Attributes:
       dataset: `name` and the arguments of what loads that set, `orthojax.data.in_memory.load` into
-        memory or `orthojax.data.streamed.load` from disk.
+        memory or `orthojax.data.streamed.load` from disk; all take `validation`, a fraction or a
+        number of the training images to hold out.
       model: `name`, a class of `orthojax.models` or `package.module:Net`, and the arguments of that
         class.
       modulation: None, or the arguments of `orthojax.modulation`; None is that argument's default.
@@ -47,12 +48,17 @@ class Settings:
         `scale` and `growth_interval`; float16 needs it, unless `modulation` keeps the error in
         range.
       log_every: steps between records and progress lines.
-      eval_every: steps between evaluations on the test split; there is always one at the end.
+      eval_every: steps between evaluations, and there is always one at the end: on the validation
+        split, which then chooses the best checkpoint, and on the test split once, at the end; or,
+        without one, on the test split, which chooses nothing.
+      patience: None, or after how many evaluations without a better validation accuracy training
+        ends. It may change when a run goes on.
       checkpoint_every: steps between checkpoints; there is always one at the end.
       observe_every: steps between records of the layers (`orthojax.training.observe`); 0 is never.
       recalibrate_bn: evaluate with the BN statistics of one pass over this many training images at
-        once; 0 takes the running ones, which a deep net from a chaotic start cannot use.
-      init_from: None, or the working directory of another run, whose best checkpoint gives the
+        once; 0 takes the running ones, which a deep net from a chaotic start cannot use. It may
+        change when a run goes on; accuracies before and after are not compared.
+      init_from: None, or the working directory of another run, whose last checkpoint gives the
         weights to begin with; see `orthojax.training.fine_tune`.
       keep_checkpoints: how many of the newest are kept.
       tensorboard: write TensorBoard events too (extra `[tensorboard]`).
@@ -75,6 +81,7 @@ class Settings:
     loss_scale: Mapping | None = None
     log_every: int = 10
     eval_every: int = 100
+    patience: int | None = None
     checkpoint_every: int = 100
     observe_every: int = 0
     recalibrate_bn: int = 0
@@ -92,6 +99,15 @@ class Settings:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 1")
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ConfigError(f"`clip_grad_norm` is {self.clip_grad_norm}; it must be above 0")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(
+                f"`patience` is {self.patience}; it must be None or at least 1 evaluation"
+            )
+        if self.patience is not None and not dict(self.dataset).get("validation"):
+            raise ConfigError(
+                f"`patience` is {self.patience}, and there is no validation split that could "
+                "tell when to end; set `dataset.validation`, such as to 0.1, or `patience` to None"
+            )
         for key in ("observe_every", "recalibrate_bn"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"`{key}` is {getattr(self, key)}; it must be at least 0")
@@ -212,6 +228,12 @@ def build(
     dataset = bind(
         data.implementation(settings.dataset), settings.dataset, "dataset", records=records
     )
+    if dataset.validation_size and settings.batch_size > dataset.train_size:
+        raise ConfigError(
+            f"`dataset.validation` is {settings.dataset['validation']}, which leaves "
+            f"{dataset.train_size} training images for a batch_size of {settings.batch_size}; "
+            "take less of either"
+        )
     dataset.train_batches(settings.batch_size, settings.seed)  # fits, or says why not
     if settings.recalibrate_bn > dataset.train_size:
         raise ConfigError(

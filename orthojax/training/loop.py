@@ -1,6 +1,7 @@
 """The loop over steps, and evaluation."""
 
 import collections
+import dataclasses
 import math
 import signal
 import time
@@ -14,6 +15,7 @@ from orthojax.errors import DivergenceError
 from orthojax.parallel.mesh import replicated
 from orthojax.storage.checkpoint import Checkpointer
 from orthojax.storage.metrics import MetricWriter, NullWriter
+from orthojax.training.best import Best
 from orthojax.training.compiled import CompiledSteps
 from orthojax.training.experiment import Experiment
 from orthojax.training.interrupt import Interrupted, StopRequest
@@ -38,6 +40,7 @@ class Trainer:
         progress: Progress,
         request: StopRequest,
         callbacks: Sequence[Callback],
+        best: Best | None,
     ):
         self._experiment = experiment
         self._settings = experiment.settings
@@ -54,10 +57,12 @@ class Trainer:
             lambda params, opt_state: observe(params, opt_state, experiment.view),
             out_shardings=replicated(experiment.mesh),
         )
-        self.test: dict[str, float] = {}  # of the last evaluation
+        self.best = best
+        self.evaluated: dict[str, dict[str, float]] = {}  # at the last evaluation, by split
+        self.step = 0  # the last one that has been taken
 
     def train(self, state: TrainState, batches: data.TrainBatches, first_step: int) -> TrainState:
-        """The state after the last step.
+        """The state after the last step, or after that at which patience ends.
 
         Raises:
           DivergenceError: the loss or a parameter is no longer finite.
@@ -66,7 +71,12 @@ class Trainer:
         settings = self._settings
         self._progress.begin(first_step)
         start = time.monotonic()
+        self.step = first_step
+        if self.out_of_patience and first_step < settings.steps:
+            self._tell_of_patience()
+            return state
         for step in range(first_step + 1, settings.steps + 1):
+            self.step = step
             state, metrics = self._programs.train_step(state, self._programs.put(next(batches)))
             self._pending.append(metrics)
             # Not further ahead of the devices, which would hold all the batches between.
@@ -83,15 +93,16 @@ class Trainer:
             record = self._collect(step)
             self._training_seconds += time.monotonic() - start
             self._report(step, record, state if evaluating else None)
+            ended = last or self.out_of_patience
             if saving:
-                self._checkpointer.save(
-                    step,
-                    state,
-                    batches.get_state(),
-                    test_accuracy=self.test["accuracy"] if evaluating else None,
-                    wait=last or stopping,
-                )
-            if stopping and not last:
+                best = self.best and dataclasses.asdict(self.best)
+                position = batches.get_state()
+                self._checkpointer.save(step, state, position, best=best, wait=ended or stopping)
+            if ended:
+                if not last:
+                    self._tell_of_patience()
+                break
+            if stopping:
                 name = signal.Signals(self._request.signal_number).name
                 raise Interrupted(
                     f"{name}: saved at step {step} of {settings.steps}; run the same command "
@@ -100,6 +111,19 @@ class Trainer:
                 )
             start = time.monotonic()
         return state
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether there have been `patience` evaluations without a better validation accuracy."""
+        patience, value = self._settings.patience, self._settings.recalibrate_bn
+        return self.best is not None and self.best.exhausts(patience, value)
+
+    def _tell_of_patience(self) -> None:
+        best = self.best
+        self._progress.message(
+            f"patience={self._settings.patience} ends training at step {self.step}: validation "
+            f"accuracy was best at step {best.step}, {best.accuracy:.1%}"
+        )
 
     def images_per_second(self) -> float | None:
         """Training throughput without compilation and evaluation, or None before any step."""
@@ -130,32 +154,47 @@ class Trainer:
     def _report(self, step: int, record: dict[str, float], evaluated: TrainState | None) -> None:
         rate = float(self._experiment.schedule(step - 1))
         self._writer.write(step, "train", **record, learning_rate=rate)
-        test_accuracy = None
-        if evaluated is not None:
-            self.test = evaluate(self._experiment, self._programs, evaluated)
-            self._writer.write(step, "test", **self.test)
-            test_accuracy = self.test["accuracy"]
+        accuracies = {} if evaluated is None else self._evaluate(step, evaluated)
         self._progress.update(
             step,
             loss=record["loss"],
             train_accuracy=record["accuracy"],
-            test_accuracy=test_accuracy,
+            accuracies=accuracies,
             images_per_second=self.images_per_second(),
         )
-        told = {**record, "learning_rate": rate}
-        if test_accuracy is not None:
-            told["test_accuracy"] = test_accuracy
+        told = {f"{split}_accuracy": accuracy for split, accuracy in accuracies.items()}
         for callback in self._callbacks:
-            callback(step, told)
+            callback(step, {**record, "learning_rate": rate, **told})
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """The accuracies by split: where there is a validation split, of that until the end."""
+        self.evaluated = {}
+        if self._experiment.dataset.validation_size:
+            accuracy = self._evaluate_on("validation", step, state)
+            found = Best(step, accuracy, self._settings.recalibrate_bn)
+            self.best = found if self.best is None else self.best.after(found)
+            if step == self._settings.steps or self.out_of_patience:
+                self._evaluate_on("test", step, state)
+        else:
+            self._evaluate_on("test", step, state)
+        return {split: found["accuracy"] for split, found in self.evaluated.items()}
+
+    def _evaluate_on(self, split: str, step: int, state: TrainState) -> float:
+        found = evaluate(self._experiment, self._programs, state, split)
+        self._writer.write(step, split, **found)
+        self.evaluated[split] = found
+        return found["accuracy"]
 
 
 def evaluate(
-    experiment: Experiment, programs: CompiledSteps, state: TrainState
+    experiment: Experiment, programs: CompiledSteps, state: TrainState, split: str = "test"
 ) -> dict[str, float]:
-    """Mean loss and accuracies over the whole test split, every image exactly once."""
+    """Mean loss and accuracies over a whole split, "validation" or "test", every image once."""
     state = programs.recalibrate(state)
     totals = {"loss": 0.0, "correct": 0.0, "correct_top5": 0.0, "count": 0.0}
-    batches = experiment.dataset.test_batches(experiment.settings.batch_size, programs.rows)
+    dataset, size = experiment.dataset, experiment.settings.batch_size
+    one_pass = dataset.validation_batches if split == "validation" else dataset.test_batches
+    batches = one_pass(size, programs.rows)
     computed = (programs.eval_step(state, programs.put(batch)) for batch in batches)
     for sums in _late(computed, STEPS_AHEAD):
         for name, value in jax.device_get(sums).items():

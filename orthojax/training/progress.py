@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Mapping
 from typing import TextIO
 
 from orthojax.console import is_terminal, tell
@@ -19,7 +20,11 @@ class Progress:
       >>> progress = Progress(150, stream=sys.stdout)
       >>> progress.begin(0)
       >>> progress.update(
-      ...     120, loss=0.03125, train_accuracy=0.992, test_accuracy=0.986, images_per_second=812.4
+      ...     120,
+      ...     loss=0.03125,
+      ...     train_accuracy=0.992,
+      ...     accuracies={"test": 0.986},
+      ...     images_per_second=812.4,
       ... )
       step 120/150  loss 0.031  train 99.2%  test 98.6%  812 images/s  0:00 left
       >>> progress.close()
@@ -30,7 +35,7 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._live = is_terminal(self._stream)
         self._line = ""
-        self._test_accuracy: float | None = None
+        self._accuracies: Mapping[str, float] = {}
         self._start: tuple[int, float] | None = None
         self._updated = False
 
@@ -48,21 +53,20 @@ class Progress:
         *,
         loss: float,
         train_accuracy: float,
-        test_accuracy: float | None = None,
+        accuracies: Mapping[str, float] | None = None,
         images_per_second: float,
     ) -> None:
-        """Shows a step; accuracies are fractions of one.
+        """Shows a step; accuracies are fractions of one, those of an evaluation by its splits.
 
-        The live line goes on showing the last test accuracy.
+        The live line goes on showing the last evaluation.
         """
-        if test_accuracy is None and self._live:
-            test_accuracy = self._test_accuracy
-        self._test_accuracy = test_accuracy
+        if accuracies or not self._live:
+            self._accuracies = accuracies or {}
         fields = [
             f"step {step}/{self._total_steps}",
             f"loss {loss:.3f}",
             f"train {train_accuracy:.1%}",
-            "" if test_accuracy is None else f"test {test_accuracy:.1%}",
+            *(f"{split} {accuracy:.1%}" for split, accuracy in self._accuracies.items()),
             f"{images_per_second:,.0f} images/s",
             self._time_left(step),
         ]

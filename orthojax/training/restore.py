@@ -47,7 +47,7 @@ class Trained:
 
 
 def read_trained(
-    workdir: str | os.PathLike, step: int | str = "best", own_net: str | None = None
+    workdir: str | os.PathLike, step: int | str = "latest", own_net: str | None = None
 ) -> Trained:
     """Reads the net of a run, which may be training; see `orthojax.load_classifier`.
 

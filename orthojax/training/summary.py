@@ -13,21 +13,26 @@ from orthojax.storage.workdir import seal, write_json_atomic
 SUMMARY = "summary.json"
 
 
-def read_finished(workdir: Any, steps: int) -> dict[str, Any] | None:
-    """The summary of the run in `workdir` if it has taken all its steps, else None."""
+def read_finished(workdir: Any, steps: int, patience: int | None) -> dict[str, Any] | None:
+    """The summary of the run in `workdir` if it has finished, else None.
+
+    It has if it has taken all its steps, or if this same patience had ended it before.
+    """
     try:
         summary = json.loads((workdir / SUMMARY).read_bytes())
-        finished = summary["steps"] == steps and "test_accuracy" in summary
+        taken = summary["steps"]
+        early = patience is not None and summary.get("stopped_by_patience") == patience
+        finished = (taken == steps or early) and "test_accuracy" in summary
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         return None
     saved = saved_steps(workdir / "checkpoints")
-    if not finished or find_damage(workdir, SUMMARY) or (saved and saved[-1] < steps):
+    if not finished or find_damage(workdir, SUMMARY) or (saved and saved[-1] < taken):
         return None
     if saved and not is_remote(workdir) and find_damage(workdir / "checkpoints" / str(saved[-1])):
         return None  # trains again from an earlier checkpoint
     gone = "" if saved else "; its checkpoints are gone"
     if is_first():
-        tell(f"{workdir} has finished its {steps:,} steps{gone}; to train anew choose another")
+        tell(f"{workdir} has finished its {taken:,} steps{gone}; to train anew choose another")
     return summary
 
 

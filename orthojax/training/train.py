@@ -41,6 +41,7 @@ from orthojax.storage.workdir import (
     seal,
     write_json_atomic,
 )
+from orthojax.training.best import Best
 from orthojax.training.compiled import abstract_state, compile_steps
 from orthojax.training.experiment import Experiment, Settings, build
 from orthojax.training.fine_tune import check_fits, check_model, take_over
@@ -68,15 +69,18 @@ def train_and_evaluate(
       config: a Mapping or ConfigDict with the keys of `orthojax.training.experiment.Settings`.
       workdir: a directory of this run's own, or `gs://…`; created when missing.
       callbacks: each is called with the step and a record, when one is written: means of `loss`,
-        `accuracy`, `grad_norm`, `param_norm` since the last, `learning_rate`, and `test_accuracy`
-        where the net has been evaluated. What one raises ends the training; what was saved stays.
+        `accuracy`, `grad_norm`, `param_norm` since the last, `learning_rate`, and
+        `validation_accuracy` and `test_accuracy` where the net has been evaluated on that split.
+        What one raises ends the training; what was saved stays.
 
     Returns:
       What `summary.json` holds: `test_accuracy`, `test_top5_accuracy` (the label is among the five
-      largest logits) and `test_loss` on the whole test split, `best_test_accuracy` and `best_step`
-      of the best checkpoint, which is kept, `steps`, `seconds` (of this call), `compile_seconds`,
-      `images_per_second` (while training; null if nothing was left to train), `parameters` (their
-      number) and `resumed_from_step`.
+      largest logits) and `test_loss` of the last step on the whole test split, `steps` (taken),
+      `seconds` (of this call), `compile_seconds`, `images_per_second` (while training; null if
+      nothing was left to train), `parameters` (their number) and `resumed_from_step`; and
+      `chosen_by`, the split that chose a best checkpoint: null, or "validation" where there is that
+      split. Then also `best_step`, which is kept, `best_validation_accuracy`, `validation_accuracy`
+      of the last step, and `stopped_by_patience`: `patience` where that ended training, else null.
 
     Raises:
       UserError: see `build`, `orthojax.storage.workdir.claim` and
@@ -98,7 +102,8 @@ def train_and_evaluate(
     experiment = build(config)
     with failures_explained(workdir):
         on_first_process(lambda: _claim(workdir, config, experiment.dataset))
-        summary = read_finished(workdir, experiment.settings.steps)
+        settings = experiment.settings
+        summary = read_finished(workdir, settings.steps, settings.patience)
         return summary or _train(experiment, workdir, callbacks, source)
 
 
@@ -192,23 +197,36 @@ def _train(
         stack.enter_context(writer)
         # From here on there is something to save.
         request = stack.enter_context(stop_on_signals())
-        trainer = Trainer(experiment, programs, checkpointer, writer, progress, request, callbacks)
+        best = Best(**restored.best) if restored and restored.best else None
+        trainer = Trainer(
+            experiment, programs, checkpointer, writer, progress, request, callbacks, best
+        )
         state = trainer.train(state, batches, first_step)
-        test = trainer.test or evaluate(experiment, programs, state)
-        best_step, best_test_accuracy = checkpointer.best() or (None, None)
+        found = {
+            split: trainer.evaluated.get(split) or evaluate(experiment, programs, state, split)
+            for split in (("validation", "test") if trainer.best else ("test",))
+        }
     summary = {
-        "test_accuracy": test["accuracy"],
-        "test_top5_accuracy": test["top5_accuracy"],
-        "test_loss": test["loss"] if math.isfinite(test["loss"]) else None,
-        "best_test_accuracy": best_test_accuracy,
-        "best_step": best_step,
-        "steps": settings.steps,
+        "test_accuracy": found["test"]["accuracy"],
+        "test_top5_accuracy": found["test"]["top5_accuracy"],
+        "test_loss": found["test"]["loss"] if math.isfinite(found["test"]["loss"]) else None,
+        "steps": trainer.step,
+        "chosen_by": None,
         "seconds": round(time.monotonic() - start, 2),
         "compile_seconds": round(programs.compile_seconds, 2),
         "images_per_second": trainer.images_per_second(),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights_only(state.params))),
         "resumed_from_step": first_step,
     }
+    if trainer.best:
+        early = trainer.out_of_patience and trainer.step < settings.steps
+        summary |= {
+            "chosen_by": "validation",
+            "best_step": trainer.best.step,
+            "best_validation_accuracy": trainer.best.accuracy,
+            "validation_accuracy": found["validation"]["accuracy"],
+            "stopped_by_patience": settings.patience if early else None,
+        }
     if is_first():
         check_owned(workdir)
         _draw(workdir)
@@ -230,6 +248,11 @@ def _describe(experiment: Experiment) -> str:
     where += f" of {processes} processes" if processes > 1 else ""
     return (
         f"{description(net)}, on {experiment.dataset.name} "
-        f"({experiment.dataset.train_size:,} training and {experiment.dataset.test_size:,} test "
-        f"images), {settings.steps:,} steps of {settings.batch_size}, on {where}; compiling..."
+        f"({_sizes(experiment.dataset)} images), {settings.steps:,} steps of "
+        f"{settings.batch_size}, on {where}; compiling..."
     )
+
+
+def _sizes(dataset: data.Dataset) -> str:
+    held_out = f", {dataset.validation_size:,} validation" if dataset.validation_size else ""
+    return f"{dataset.train_size:,} training{held_out} and {dataset.test_size:,} test"

@@ -217,6 +217,15 @@ def test_without_a_place():
         data.load("folder")
 
 
+def test_pictures_are_held_out_of_every_class(root):
+    found = data.load("folder", str(root), **OPTIONS, validation=0.25)
+    assert (found.train_size, found.validation_size, found.test_size) == (20, 7, 24)
+    [batch] = found.validation_batches(7)
+    assert set(batch["label"]) == {0, 1, 2}
+    trained = {found.train.describe(index) for index in range(20)}
+    assert not trained & {found.validation.describe(index) for index in range(7)}
+
+
 def test_fake_data_has_the_same_shapes(root):
     fake = data.fake_data("folder", str(root), **OPTIONS)
     assert next(fake.train_batches(4, seed=0))["image"].shape == (4, 16, 16, 3)

@@ -14,6 +14,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 
 from orthojax.data import bundled, in_memory, load, prepare, prepared
+from orthojax.data.validation import split_off
 from orthojax.errors import DatasetError, MissingExtraError
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -186,6 +187,21 @@ def test_any_prepared_set_by_name(tmp_path):
     assert np.bincount(loaded.train.labels).tolist() == [6, 6, 6, 6, 6, 5, 5]
 
 
+def test_what_is_held_out_of_memory_is_seen_by_nothing_of_training(data_dir, digits_set, tmp_path):
+    found = load("digits", str(data_dir), validation=0.1, cache_dir=str(tmp_path))
+    kept, held = split_off(1437, 144)
+    np.testing.assert_array_equal(found.train.images, digits_set.train.images[kept])
+    np.testing.assert_array_equal(found.validation.labels, digits_set.train.labels[held])
+    np.testing.assert_allclose(found.mean, digits_set.train.images[kept].mean(0) / 255, rtol=1e-6)
+    assert (found.train_size, found.validation_size, found.test_size) == (1293, 144, 360)
+    assert np.bincount(found.validation.labels, minlength=10).min() > 5
+    seen = np.concatenate([b["image"][b["mask"] > 0] for b in found.validation_batches(100)])
+    np.testing.assert_array_equal(seen, digits_set.train.images[held])
+    assert digits_set.validation_size == 0
+    with pytest.raises(DatasetError, match="no validation split.*dataset.validation"):
+        digits_set.validation_batches(100)
+
+
 def test_slices_of_a_split(data_dir, digits_set, tmp_path):
     part = load(
         "digits",
@@ -284,7 +300,7 @@ class OrthojaxDeep(OrthojaxColors):
 @pytest.mark.parametrize(
     ("builder_class", "says"),
     [
-        (OrthojaxLabels, "has the label -1 in record"),
+        (OrthojaxLabels, "record .* has the label -1, and there are"),
         (OrthojaxNoClasses, "not of images with one class label each"),
     ],
 )
@@ -376,7 +392,7 @@ def test_damaged_records(copy, damage):
         records.write_bytes(content[: len(content) // 2])
     elif damage == "eight bytes changed":
         records.write_bytes(content[:5000] + b"damaged." + content[5008:])
-    with pytest.raises(DatasetError, match=f"{records.parent} are damaged or incomplete"):
+    with pytest.raises(DatasetError, match=f"record .* in {records.parent} is damaged or missing"):
         load("digits", str(copy), cache_dir=str(copy / "cache"))
 
 

@@ -21,6 +21,7 @@ from orthojax.data import (
 from orthojax.data.augmentation import augment_photographs
 from orthojax.data.preprocessing import Preprocessing
 from orthojax.data.sampler import epoch_permutation
+from orthojax.data.validation import held_out, split_off
 from orthojax.errors import ConfigError, DatasetError
 
 
@@ -109,6 +110,30 @@ def test_the_state_of_another_stream_is_refused(size, seed, says):
     assert other.get_state()["position"] == 0
 
 
+@pytest.mark.parametrize(("size", "number"), [(1437, 144), (10, 9), (23, 1), (5000, 1234)])
+def test_what_is_held_out_and_what_is_left_are_the_split(size, number):
+    kept, held = split_off(size, number)
+    assert len(held) == number and (np.diff(held) > 0).all() and (np.diff(kept) > 0).all()
+    np.testing.assert_array_equal(np.sort(np.concatenate([kept, held])), np.arange(size))
+
+
+@pytest.mark.parametrize("order", ["sorted", "in turns"])
+def test_every_class_is_held_out(order):
+    labels = np.arange(1000) // 100 if order == "sorted" else np.arange(1000) % 10
+    _, held = split_off(1000, 100)
+    counts = np.bincount(labels[held], minlength=10)
+    assert counts.min() >= 3 and (order == "in turns" or (counts == 10).all())
+
+
+def test_a_number_of_images_may_have_become_a_float():
+    assert held_out(500.0, 1437) == held_out(np.int64(500), 1437) == 500 and held_out(1, 2) == 1
+
+
+def test_what_is_held_out_is_that_of_earlier_versions():
+    """With another rule a resumed run would train on what it was chosen by."""
+    assert split_off(23, 6)[1].tolist() == [1, 3, 10, 14, 18, 21]
+
+
 def test_batches_own_their_memory():
     split = numbered(10)
     batches = TrainIterator(split, 10, seed=0)
@@ -134,6 +159,7 @@ def test_impossible_batch_sizes():
 
 
 NO_INTEGER = (None, "3", 1.5, np.nan, True, -2, np.array([1]))
+NO_SHARE = (None, "3", 1.5, 1.0, np.nan, np.inf, True, -2, -0.1, 1e-9, np.array([1]))
 NO_FLAG = (None, 2, "no", np.ones(2))
 PIXELS = np.zeros((3, 4, 4, 3), np.uint8)
 NO_PIXELS = (None, "x", 3, PIXELS / 255, PIXELS[0], PIXELS.astype(np.int32))
@@ -184,6 +210,8 @@ WRONG = [
     ("resize", lambda v: fake_data("imagenet2012", resize=v), (*NO_INTEGER, 0, 10**9)),
     ("crop", lambda v: fake_data("imagenet2012", crop=v), (*NO_INTEGER, 0, 257)),
     ("workers", lambda v: fake_data("imagenet2012", workers=v), NO_INTEGER[1:]),
+    ("validation", lambda v: fake_data("imagenet2012", validation=v), (*NO_SHARE, 2**20)),
+    ("validation", lambda v: fake_data("digits", validation=v), NO_SHARE),
     ("threads", lambda v: fake_data("imagenet2012", threads=v), (*NO_INTEGER, 0)),
     ("color_std", lambda v: fake_data("imagenet2012", color_std=v), (None, "x", np.nan, -1)),
     ("image_shape", lambda v: Preprocessing(v, ("a",)), (None, 3, (4, 4), (4, 0, 3), "abc")),

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import itertools
+import pickle
 import time
 
 import jax
@@ -26,6 +27,7 @@ from orthojax.data.augmentation import (  # noqa: E402
 )
 from orthojax.data.records import Records  # noqa: E402
 from orthojax.data.streamed import StreamedDataset  # noqa: E402
+from orthojax.data.validation import parts, split_off  # noqa: E402
 from orthojax.errors import DatasetError  # noqa: E402
 
 COUNT, SIZE, CROP = 23, 40, 32
@@ -173,6 +175,18 @@ def test_goes_on_where_it_stopped_with_other_workers_and_another_batch_size(
     other.set_state(state)
     halves = {name: v[stop:].reshape(-1, 3, *v.shape[2:]) for name, v in stream.items()}
     assert_same(take(other, 2 * (13 - stop)), halves)
+
+
+def test_training_never_sees_what_is_held_out(records):
+    kept, held = split_off(COUNT, 6)
+    train, validation = pickle.loads(pickle.dumps(parts(records, 6)))  # as workers get them
+    divided = dataclasses.replace(dataset(train), validation=validation)
+    labels = take(divided.train_batches(6, seed=3), 6)["label"].ravel()
+    assert sorted(labels[:17]) == sorted(labels[17:34]) == kept.tolist()
+    for rows in ([0, 2], [1, 3]):
+        batches = list(divided.validation_batches(4, np.array(rows)))
+        seen = np.concatenate([batch["label"][batch["mask"] > 0] for batch in batches])
+        assert seen.tolist() == [h for k, h in enumerate(held.tolist()) if k % 4 in rows]
 
 
 def test_closing_does_not_wait_for_what_the_workers_have_sent(records):

@@ -41,7 +41,7 @@ def trained(monkeypatch):
                 # The mean over the last tenth is `loss`.
                 late = step > 0.9 * config.steps
                 writer.write(step, "train", loss=loss if late else 99.0, accuracy=float(late))
-        return {"test_accuracy": 0.5, "seconds": 1.0}
+        return {"test_accuracy": 0.5, "steps": config.steps, "seconds": 1.0}
 
     monkeypatch.setattr(sweep, "train_and_evaluate", train)
     return runs
@@ -149,7 +149,7 @@ def train(config, workdir, callbacks):
     time.sleep(0.5)
     with MetricWriter(workdir) as writer:
         writer.write(config.steps, "train", loss=1.0, accuracy=0.5)
-    return {"test_accuracy": 0.5, "seconds": 1.0}
+    return {"test_accuracy": 0.5, "steps": config.steps, "seconds": 1.0}
 
 sweep.train_and_evaluate = train
 sweep.POLL_SECONDS = 0.1

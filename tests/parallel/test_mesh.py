@@ -185,7 +185,7 @@ def test_batch_norm_in_as_many_groups_as_devices_needs_no_communication(single):
     losses = {}
     for devices in (8, 1):
         built = experiment({"data": devices, "fsdp": 1}, bn_groups=8)
-        step = lower_train_step(built).compile()
+        step = lower_train_step(built, abstract_state(built)).compile()
         if devices == 8:  # of gradients and metrics; each of five layers would have two more
             assert 0 < all_reduces(step) < 5
         losses[devices] = take_steps(built, step, single.first)[1]

@@ -158,14 +158,14 @@ def test_the_newest_are_kept_and_saving_twice_is_no_error(tmp_path):
 
 
 def test_the_best_is_kept_beside_the_newest(tmp_path):
-    accuracies = {1: 0.5, 2: 0.9, 3: None, 4: 0.9, 5: 0.7, 6: None, 7: 0.6, 8: None}
+    best = [None, {"step": 2}, {"step": 2}, {"step": 4, "accuracy": 0.9}]
     for steps in ((1, 2, 3, 4, 5), (6, 7, 8)):  # and still after a restart
         with Checkpointer(tmp_path, keep=2) as checkpointer:
             for step in steps:
-                checkpointer.save(
-                    step, {"a": jnp.float32(step)}, {}, test_accuracy=accuracies[step], wait=True
-                )
-            assert checkpointer.best() == (4, 0.9)
+                found = best[min(step, 4) - 1]
+                checkpointer.save(step, {"a": jnp.float32(step)}, {}, best=found, wait=True)
+            restored = checkpointer.restore_latest({"a": jax.ShapeDtypeStruct((), "float32")})
+            assert restored.best == {"step": 4, "accuracy": 0.9}
     assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [4, 7, 8]
 
 
@@ -215,39 +215,12 @@ def test_damage_falls_back_visibly_and_keeps_the_evidence(directory, capfd, pick
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"null", b'{"test_accuracy": null}', b'{"test_acc'])
-@pytest.mark.parametrize("step", [10, 20])
-def test_damaged_metrics_are_set_aside_like_other_damage(tmp_path, step, content):
-    with Checkpointer(tmp_path) as checkpointer:
-        for saved in (10, 20):
-            state = {"a": jnp.float32(saved)}
-            checkpointer.save(saved, state, {}, test_accuracy=saved / 100, wait=True)
-    (tmp_path / str(step) / "metrics" / "metrics").write_bytes(content)
-    left = 30 - step
-    with (
-        pytest.warns(UserWarning, match=f"step {step} is unreadable .metrics.*from step {left}"),
-        Checkpointer(tmp_path) as checkpointer,
-    ):
-        assert checkpointer.restore_latest(abstract(state)).step == left
-        assert checkpointer.best() == (left, left / 100)
-    assert {path.name for path in tmp_path.iterdir()} == {f"{step}.corrupt", str(left)}
-
-
 @pytest.mark.parametrize("name", ["checksums.json", "_CHECKPOINT_METADATA"])
 @pytest.mark.parametrize("content", ["null", "[1]"])
 def test_json_of_another_kind_is_damage(directory, name, content):
     (directory / "2" / name).write_text(content)
     with pytest.warns(UserWarning, match="step 2 is unreadable"), Checkpointer(directory) as saved:
         assert saved.restore_latest(abstract(make_state())).step == 1
-
-
-def test_metrics_that_are_damaged_everywhere_are_an_error_and_change_nothing(tmp_path):
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(10, {"a": jnp.float32(1)}, {}, test_accuracy=0.1, wait=True)
-    (tmp_path / "10" / "metrics" / "metrics").write_bytes(b"")
-    with pytest.raises(WorkdirError, match="step 10: metrics/metrics is damaged"):
-        Checkpointer(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["10"]
 
 
 def test_no_readable_checkpoint_is_an_error_and_changes_nothing(directory):
@@ -345,14 +318,14 @@ def test_a_removal_that_was_interrupted_is_ended(tmp_path):
     state = {"kernel": jnp.eye(2)}
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for step in (1, 2):
-            checkpointer.save(step, state, {}, test_accuracy=0.1 * step, wait=True)
-    for name in ("checksums.json", "metrics/metrics"):
+            checkpointer.save(step, state, {}, wait=True)
+    for name in ("checksums.json", "position/metadata"):
         (tmp_path / "1" / name).unlink()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with Checkpointer(tmp_path, keep=2) as checkpointer:
             assert checkpointer.restore_latest(abstract(state)).step == 2
-            checkpointer.save(3, state, {}, test_accuracy=0.3, wait=True)
+            checkpointer.save(3, state, {}, wait=True)
     assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
 
 

@@ -115,7 +115,9 @@ class Terminal(io.StringIO):
 def test_progress_is_plain_lines_in_a_file():
     stream = io.StringIO()
     with Progress(150, stream) as progress:
-        progress.update(60, loss=1.0, train_accuracy=0.5, test_accuracy=0.4, images_per_second=1e4)
+        progress.update(
+            60, loss=1.0, train_accuracy=0.5, accuracies={"test": 0.4}, images_per_second=1e4
+        )
         progress.message("saved")
         progress.update(120, loss=0.0314, train_accuracy=0.992, images_per_second=812.4)
     assert "\r" not in stream.getvalue()
@@ -128,13 +130,16 @@ def test_progress_is_plain_lines_in_a_file():
 def test_progress_rewrites_one_line_on_a_terminal():
     stream = Terminal()
     with Progress(150, stream) as progress:
-        progress.update(60, loss=123456.7, train_accuracy=0, test_accuracy=0.4, images_per_second=1)
+        told = {"accuracies": {"validation": 0.3, "test": 0.4}, "images_per_second": 1}
+        progress.update(60, loss=123456.7, train_accuracy=0, **told)
         progress.message("saved")
         assert stream.screen()[0] == "saved" and stream.screen()[1].startswith("step 60/150")
         progress.update(120, loss=1, train_accuracy=0.5, images_per_second=1)
         progress.update(121, loss=math.nan, train_accuracy=0, images_per_second=1)
     assert stream.screen()[0] == "saved"
-    assert stream.screen()[1].startswith("step 121/150  loss nan  train 0.0%  test 40.0%")
+    assert stream.screen()[1].startswith(
+        "step 121/150  loss nan  train 0.0%  validation 30.0%  test 40.0%"
+    )
     assert stream.screen()[2:] == [""]
 
 

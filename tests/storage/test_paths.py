@@ -61,16 +61,16 @@ def bucket(monkeypatch):
 
 
 def test_a_run_is_claimed_resumed_and_refused_as_in_a_directory(bucket):
-    workdir = f"{bucket}/a"
+    workdir = to_path(f"{bucket}/a")
     claim(workdir, CONFIG)
-    assert json.loads((to_path(workdir) / "config.json").read_text()) == CONFIG
+    assert json.loads((workdir / "config.json").read_text()) == CONFIG
     claim(workdir, {**CONFIG, "mesh": {"data": 8}})  # another mesh may go on
-    assert len(json.loads((to_path(workdir) / "environment.json").read_text())) == 2
+    assert len(json.loads((workdir / "environment.json").read_text())) == 2
     with pytest.raises(WorkdirError, match="seed: 0 -> 1"):
         claim(workdir, {**CONFIG, "seed": 1})
     (to_path(f"{bucket}/b") / "thesis.tex").write_text("not a run")
     with pytest.raises(WorkdirError, match="holds no run"):
-        claim(f"{bucket}/b", CONFIG)
+        claim(to_path(f"{bucket}/b"), CONFIG)
 
 
 def test_metrics_are_there_after_every_record_and_trimmed_on_resume(bucket):
@@ -85,12 +85,13 @@ def test_metrics_are_there_after_every_record_and_trimmed_on_resume(bucket):
 
 
 def test_what_a_run_consists_of_has_checksums_there_too(bucket):
-    write_json_atomic(f"{bucket}/config.json", {"seed": 0})
-    seal(bucket, "config.json")
-    assert read_run_file(bucket, "config.json") == {"seed": 0}
-    write_json_atomic(f"{bucket}/config.json", {"seed": 1})
+    run = to_path(bucket)
+    write_json_atomic(run / "config.json", {"seed": 0})
+    seal(run, "config.json")
+    assert read_run_file(run, "config.json") == {"seed": 0}
+    write_json_atomic(run / "config.json", {"seed": 1})
     with pytest.raises(WorkdirError, match=r"config\.json is damaged"):
-        read_run_file(bucket, "config.json")
+        read_run_file(run, "config.json")
 
 
 def test_pictures_and_json_arrive_whole(bucket):

@@ -7,17 +7,16 @@ import pytest
 
 from orthojax.errors import WorkdirError
 from orthojax.storage.checksums import write_checksums
-from orthojax.storage.saved import METRICS, read_saved, saved_accuracy, saved_steps
+from orthojax.storage.saved import POSITION, read_saved, saved_steps
 
 
-def save(directory, step, accuracy=None):
+def save(directory, step, best=None):
     checkpoint = directory / str(step)
     (checkpoint / "state").mkdir(parents=True)
     (checkpoint / "state" / "step").write_text(str(step))
-    if accuracy is not None:
-        (checkpoint / METRICS).parent.mkdir()
-        (checkpoint / METRICS).write_text(json.dumps({"test_accuracy": accuracy}))
-    write_checksums(checkpoint, ["state", "metrics"])
+    (checkpoint / POSITION).parent.mkdir()
+    (checkpoint / POSITION).write_text(json.dumps({"best": best and {"step": best}}))
+    write_checksums(checkpoint, ["state", "position"])
 
 
 def read(checkpoint):
@@ -26,8 +25,8 @@ def read(checkpoint):
 
 @pytest.fixture
 def directory(tmp_path):
-    for step, accuracy in {2: 0.5, 4: 0.9, 6: 0.7, 8: None}.items():
-        save(tmp_path, step, accuracy)
+    for step, best in {2: 2, 4: 4, 6: 4, 8: 4}.items():
+        save(tmp_path, step, best)
     return tmp_path
 
 
@@ -48,30 +47,35 @@ def test_what_is_removed_meanwhile_is_no_damage(directory):
     def removed(checkpoint):
         if checkpoint.name == "8":
             shutil.rmtree(checkpoint)
-            save(directory, 10)
+            save(directory, 10, best=4)
         if checkpoint.name == "4":
+            save(directory, 12, best=12)
             (checkpoint / "state" / "step").unlink()
             shutil.rmtree(checkpoint)
         return read(checkpoint)
 
     assert read_saved(directory, "latest", removed) == (10, 10)
-    assert read_saved(directory, "best", removed) == (6, 6)
+    assert read_saved(directory, "best", removed) == (12, 12)
     with pytest.raises(WorkdirError, match="no checkpoint of step 4"):
         read_saved(directory, 4, removed)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "null", '{"test_accuracy": 0.1}', '{"test_accuracy": NaN}']
-)
-def test_metrics_that_are_damaged_are_not_passed_over(directory, content):
+def test_what_names_the_best_may_be_damaged_or_name_what_is_gone(directory):
     before = sorted(directory.rglob("*"))
-    (directory / "4" / METRICS).write_text(content)
-    with pytest.raises(WorkdirError, match="metrics/metrics is damaged"):
-        saved_accuracy(directory / "4")
-    with pytest.raises(WorkdirError, match=r"4 cannot be read: metrics.*\n.* 2, 6, 8"):
+    (directory / "8" / POSITION).write_text('{"best": {"step": 6}}')
+    with pytest.raises(WorkdirError, match=r"8 cannot be read: position.*\n.* 2, 4, 6"):
         read_saved(directory, "best", read)
-    assert read_saved(directory, "latest", read) == (8, 8)
     assert sorted(directory.rglob("*")) == before
+    save(directory, 10, best=9)
+    with pytest.raises(WorkdirError, match="no checkpoint of step 9 .*latest or one of 2, 4, 6"):
+        read_saved(directory, "best", read)
+
+
+def test_there_is_no_best_without_a_validation_split(directory):
+    save(directory, 10)
+    with pytest.raises(WorkdirError, match="is the best: .* by dataset.validation; choose latest"):
+        read_saved(directory, "best", read)
+    assert read_saved(directory, "latest", read) == (10, 10)
 
 
 def test_whatever_reading_fails_with_is_told_of_the_checkpoint(directory):

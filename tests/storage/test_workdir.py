@@ -227,9 +227,9 @@ def test_a_directory_in_the_place_of_a_file_is_named(tmp_path, name):
 
 def test_a_directory_is_locked_while_its_process_lives(tmp_path):
     code = (
-        "import json, os, sys, time\n"
+        "import json, os, pathlib, sys, time\n"
         "from orthojax.storage.workdir import claim\n"
-        "claim(sys.argv[1], json.loads(sys.argv[2]))\n"
+        "claim(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))\n"
         # A data worker that outlives the killed process must not hold the lock.
         "worker = os.fork()\n"
         "if worker: print(worker, flush=True)\n"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+import orthojax
 from orthojax.commands.command_line import exit_status, keep_compiled_programs
 from orthojax.config.sections import to_json
 from orthojax.configs import (
@@ -32,8 +33,10 @@ from orthojax.configs._methods import METHODS, RESIDUAL_METHODS
 from orthojax.errors import ConfigError, DatasetError, DivergenceError, WorkdirError
 from orthojax.sites.modulation import find_state
 from orthojax.storage.checkpoint import Checkpointer
+from orthojax.storage.checksums import write_checksums
 from orthojax.storage.metrics import MetricWriter, read_metrics
-from orthojax.storage.workdir import claim, write_json_atomic
+from orthojax.storage.saved import POSITION, saved_steps
+from orthojax.storage.workdir import claim, seal, write_json_atomic
 from orthojax.training import train
 from orthojax.training.compiled import abstract_state, lower_train_step
 from orthojax.training.experiment import build
@@ -117,6 +120,7 @@ def test_writes_what_it_promises(finished):
     records = read_metrics(workdir)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(2, 21, 2))
     assert [r["step"] for r in records if r["kind"] == "test"] == [10, 20]
+    assert summary["chosen_by"] is None and not [name for name in summary if "best" in name]
     steps = {int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()}
     assert steps == {12, 16, 20}
 
@@ -224,6 +228,26 @@ def test_more_steps_and_other_intervals_are_the_same_run_and_longer(finished, tm
         train_and_evaluate(config_of(10), workdir)
 
 
+def test_a_run_that_kept_the_best_by_test_accuracy_is_read_and_goes_on(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    for checkpoint in (workdir / "checkpoints").iterdir():
+        position = json.loads((checkpoint / POSITION).read_text())
+        del position["best"]
+        (checkpoint / POSITION).write_text(json.dumps(position))
+        (checkpoint / "metrics").mkdir()
+        (checkpoint / "metrics" / "metrics").write_text('{"test_accuracy": 0.9}')
+        write_checksums(checkpoint, ["state", "position", "metrics"])
+    (workdir / "checkpoints" / "12").rename(workdir / "checkpoints" / "2")  # kept as the best
+    summary = {key: value for key, value in finished[1].items() if key != "chosen_by"}
+    summary |= {"best_test_accuracy": 0.9, "best_step": 2}
+    write_json_atomic(workdir / "summary.json", summary)
+    seal(workdir, "summary.json")
+    assert orthojax.load_classifier(workdir).step == 20
+    assert train_and_evaluate(config_of(), workdir) == summary
+    assert train_and_evaluate(config_of(24), workdir)["resumed_from_step"] == 20
+    assert saved_steps(workdir / "checkpoints") == [16, 20, 24]
+
+
 def test_without_its_checkpoints_a_run_begins_anew_and_keeps_the_record(finished, tmp_path, capsys):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints")
@@ -267,7 +291,7 @@ def test_what_was_compiled_is_kept_for_the_next_start(tmp_path, monkeypatch):
         jax.config.update(names[1], 0.0)
         compilation_cache.reset_cache()
         for config.seed in (0, 1):
-            lower_train_step(build(config)).compile()
+            lowered(config).compile()
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
@@ -379,6 +403,19 @@ def test_workdir_of_another_config_is_refused_and_untouched(finished):
         ({"regularizer.name": "orto"}, ConfigError, "did you mean `ortho`.*ortho, l2, none"),
         ({"dataset.name": "digit"}, DatasetError, "digits"),
         ({"batch_size": 2048}, DatasetError, "2048.*1437"),
+        (
+            {"dataset.validation": -0.1},
+            ConfigError,
+            "`dataset`: validation=-0.1 must be 0 for none",
+        ),
+        ({"dataset.validation": 1437}, ConfigError, "validation=1437 .* at most 1436"),
+        ({"dataset.validation": 1e-5}, ConfigError, "validation=1e-05 must be"),
+        ({"dataset.validation": 1.5}, ConfigError, "validation=1.5 must be"),
+        ({"dataset.validation": True}, ConfigError, "`dataset.validation` is True"),
+        ({"dataset.validation": float("nan")}, ConfigError, "`dataset.validation` is nan"),
+        ({"dataset.validation": 1420}, ConfigError, "`dataset.validation` is 1420.* 17 training"),
+        ({"patience": 2}, ConfigError, "`patience` is 2, .*`dataset.validation`"),
+        ({"patience": 0, "dataset.validation": 0.1}, ConfigError, "`patience` is 0"),
         ({"dtype": "float33"}, ConfigError, "dtype.*float33"),
         ({"steps": 0}, ConfigError, "`steps` is 0"),
         ({"seed": -1}, ConfigError, "`seed` is -1"),
@@ -471,14 +508,19 @@ def test_trains_on_real_cifar10(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def lowered(config):
+    experiment = build(config)
+    return lower_train_step(experiment, abstract_state(experiment))
+
+
 def test_seeds_rates_and_coefficients_share_a_program():
     first, other = config_of(), config_of()
     other.seed, other.model.kernel_init, other.model.bn_bias = 7, "he", 0.5
     other.optimizer.learning_rate, other.regularizer.coefficient = 0.3, 0.02
-    texts = [lower_train_step(build(config)).as_text() for config in (first, other)]
+    texts = [lowered(config).as_text() for config in (first, other)]
     assert texts[0] == texts[1]
     other.regularizer = {"name": "l2", "coefficient": 0.02}
-    assert lower_train_step(build(other)).as_text() != texts[0]
+    assert lowered(other).as_text() != texts[0]
 
 
 def test_numbers_given_to_the_program_count(programs):

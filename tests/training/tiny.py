@@ -13,7 +13,7 @@ from orthojax.training.experiment import Experiment
 
 NO_PART_OF_A_PROGRAM = {
     *("steps", "log_every", "eval_every", "checkpoint_every", "observe_every"),
-    *("init_from", "keep_checkpoints"),
+    *("init_from", "keep_checkpoints", "patience"),
 }
 
 
