@@ -27,6 +27,7 @@ _LAZY = {
     "describe_net": "orthojax.models",
     "linen": "orthojax.linen",
     "load_classifier": "orthojax.inference",
+    "nnx": "orthojax.nnx",
     "train_and_evaluate": "orthojax.training.train",
 }
 _RENAMED = {"load": "load_classifier", "read": "read_moments"}
@@ -42,6 +43,7 @@ __all__ = [
     "mean_correlation",
     "modulate",
     "modulation",
+    "nnx",
     "optax_ortho",
     "ortho_penalty",
     "orthonormal",
@@ -60,7 +62,7 @@ __all__ = [
 def __getattr__(name):
     if name in _LAZY:
         module = importlib.import_module(_LAZY[name])
-        return module if name == "linen" else getattr(module, name)
+        return module if name in ("linen", "nnx") else getattr(module, name)
     if name in _RENAMED:
         raise AttributeError(f"orthojax.{name} is called orthojax.{_RENAMED[name]}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

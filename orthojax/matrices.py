@@ -11,6 +11,7 @@ merged), so that a kernel which is sharded over one of them stays sharded.
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,13 @@ class KernelAxes:
     Attributes:
       inputs: Axes whose product is `f_in`, in the order in which they are flattened; or one axis.
       outputs: Axes whose product is `f_out`; or one axis.
-      spatial: Those of `inputs` along which a convolution window slides (used by the `conv`
-        variant alone).
+      spatial: Those of `inputs` along which a convolution window slides; `scale_by_soap` may give
+        them a basis of their own.
       feature_groups: `feature_group_count` of a grouped convolution; the outputs are cut into that
         many blocks, which read disjoint inputs and are therefore orthogonal to each other already.
-      strides: Window strides along `spatial`, one for all or one each (`conv` variant alone).
 
     Raises:
-      ConfigError: Axes that are no integers; groups or strides that are not positive.
+      ConfigError: Axes that are no integers; groups that are not positive.
 
     Example:
       >>> KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1)).matrix_shape((3, 3, 16, 32))
@@ -50,7 +50,6 @@ class KernelAxes:
     outputs: tuple[int, ...]
     spatial: tuple[int, ...] = ()
     feature_groups: int = 1
-    strides: int | tuple[int, ...] = 1
 
     def __post_init__(self):
         for name in ("inputs", "outputs", "spatial"):
@@ -61,7 +60,6 @@ class KernelAxes:
             object.__setattr__(self, name, axes)
         groups = checks.integer("feature_groups", self.feature_groups, 1)
         object.__setattr__(self, "feature_groups", groups)
-        object.__setattr__(self, "strides", checks.strides("strides", self.strides))
 
     def normalized(self, ndim: int) -> "KernelAxes":
         """These axes with every number non-negative, checked against an array of rank `ndim`.
@@ -72,22 +70,26 @@ class KernelAxes:
         every = self.inputs + self.outputs + self.spatial
         if any(not -ndim <= axis < ndim for axis in every):
             raise ConfigError(f"{self} names an axis that an array of rank {ndim} does not have")
+        found = self.at(range(ndim))
+        named = found.inputs + found.outputs
+        if len(set(named)) != len(named) or not set(found.spatial) <= set(found.inputs):
+            raise ConfigError(f"{self}: every axis once, and `spatial` among `inputs`")
+        if not self.outputs or not self.inputs:
+            raise ConfigError(f"{self}: at least one input and one output axis are needed")
+        return found
+
+    def at(self, places: Sequence[int]) -> "KernelAxes":
+        """The same axes of an array in which axis `i` is at `places[i]`.
+
+        Example:
+          >>> KernelAxes(inputs=(0,), outputs=(1,)).at((-3, -1))
+          KernelAxes(inputs=(-3,), outputs=(-1,), spatial=(), feature_groups=1)
+        """
         inputs, outputs, spatial = (
-            tuple(axis % ndim for axis in axes)
+            tuple(places[axis] for axis in axes)
             for axes in (self.inputs, self.outputs, self.spatial)
         )
-        if len(set(inputs + outputs)) != len(inputs + outputs) or not set(spatial) <= set(inputs):
-            raise ConfigError(f"{self}: every axis once, and `spatial` among `inputs`")
-        if not outputs or not inputs:
-            raise ConfigError(f"{self}: at least one input and one output axis are needed")
-        strides = self.strides
-        if isinstance(strides, int):
-            strides = (strides,) * len(spatial)
-        if len(strides) != len(spatial):
-            raise ConfigError(f"{self}: one stride for all or one for each of `spatial`")
-        return dataclasses.replace(
-            self, inputs=inputs, outputs=outputs, spatial=spatial, strides=tuple(strides)
-        )
+        return dataclasses.replace(self, inputs=inputs, outputs=outputs, spatial=spatial)
 
     def stack(self, ndim: int) -> tuple[int, ...]:
         """The stack axes of an array of rank `ndim`, ascending."""
@@ -121,7 +123,7 @@ def default_axes(ndim: int, stacked: int = 0) -> KernelAxes:
 
     Example:
       >>> default_axes(4)
-      KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1), feature_groups=1, strides=1)
+      KernelAxes(inputs=(0, 1, 2), outputs=(3,), spatial=(0, 1), feature_groups=1)
     """
     checks.integer("stacked", stacked, 0)
     checks.integer("ndim", ndim, stacked + 2)

@@ -13,7 +13,7 @@ from flax.training.train_state import TrainState
 
 import orthojax
 from orthojax.errors import ConfigError
-from orthojax.linen import Modulated
+from orthojax.linen import Modulated, axes
 from orthojax.sites import SITE, measurement, weights_only
 from orthojax.sites.modulation import find_state
 
@@ -77,12 +77,11 @@ def without_sites(params):
     return {name: without_sites(value) for name, value in params.items() if name != SITE}
 
 
-def test_three_lines_train_a_deep_net_that_is_not_edited():
+def test_four_lines_train_a_deep_net_that_is_not_edited():
     x = batch()
     net = Modulated(Deep())
-    tx = orthojax.modulation(
-        optax.chain(orthojax.optax_ortho(1e-4), optax.sgd(0.03, momentum=0.9)), tolerance=1.0
-    )
+    ortho = orthojax.optax_ortho(1e-4, view=axes(net, x))
+    tx = orthojax.modulation(optax.chain(ortho, optax.sgd(0.03, momentum=0.9)), tolerance=1.0)
     params = init(net, x)
     state = TrainState.create(apply_fn=net.apply, params=params, tx=tx)
 

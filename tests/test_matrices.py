@@ -134,7 +134,6 @@ def test_float64_stays_float64():
         KernelAxes((0,), (4,)),
         KernelAxes((), (1,)),
         KernelAxes((0,), (1,), spatial=(1,)),
-        KernelAxes((0, 2), (1,), spatial=(0,), strides=(1, 2)),
     ],
 )
 def test_impossible_axes_are_errors(axes):

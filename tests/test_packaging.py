@@ -108,7 +108,7 @@ LIBRARY_TESTS = (
 )
 COMPLAIN = """
 import orthojax
-for name in ("linen", "describe_net", "load_classifier", "train_and_evaluate"):
+for name in ("linen", "nnx", "describe_net", "load_classifier", "train_and_evaluate"):
     try:
         getattr(orthojax, name)
     except orthojax.errors.MissingExtraError as error:

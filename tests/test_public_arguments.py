@@ -28,8 +28,8 @@ FACES = ("", "ortho", "models", "linen")  # what these name in `__all__`, or def
 PROMISED = (ValueError, TypeError)  # ConfigError is a ValueError
 # They start programs or read directories, and have tests of their own.
 ELSEWHERE = {"load_classifier", "train_and_evaluate"}
-# A protocol and an abstract net, of which there are no objects; what layers call, not users.
-NOT_CALLED = {"Variant", "ConvNet", "rescaling", "vary_like", "is_site", "weights_only"}
+# An abstract net, of which there are no objects; what layers call, not users.
+NOT_CALLED = {"ConvNet", "rescaling", "vary_like", "is_site", "weights_only"}
 
 KEY = jax.random.key(0)
 PARAMS = {"conv": {"kernel": jnp.ones((2, 2)) + jnp.eye(2), "bias": jnp.ones(2)}}
@@ -57,12 +57,10 @@ OF: dict[tuple[str, str], Any] = {
     ("modulation", "params"): SITED,
     ("read_moments", "opt_state"): orthojax.modulation(optax.sgd(0.1)).init(SITED),
     ("Shaped", "inner"): 1.0,
-    ("KernelAxes", "strides"): 1,
     ("OrthogonalConv", "strides"): 1,
     ("flax", "stacked"): ("scanned",), ("flax", "feature_groups"): {"conv/kernel": 1},
-    ("flax", "strides"): {"conv/kernel": 1}, ("flax", "overrides"): {"conv/kernel": AXES},
+    ("flax", "overrides"): {"conv/kernel": AXES},
     ("haiku", "stacked"): ("layer_stack",), ("haiku", "feature_groups"): None,
-    ("haiku", "strides"): None, ("equinox", "strides"): None,
     ("shaped_softplus", "slope"): 1.5,
     ("times", "matrices"): jnp.ones((1, 2, 2)),
     ("from_blocks", "blocks"): jnp.ones((1, 2, 2)),
@@ -84,7 +82,7 @@ INTERVALS = {
     "coefficient": "[0, 3e38]", "b1": "[0, 1)", "b2": "[0, 1)", "eps": "[0, 3e38]",
     "attraction": "(0, 1)", "gain": "[0, 3e38]", "position": "(-3e38, 3e38)",
     "feature_groups": "[1, 9]", "groups": "[1, 9]", "layers": "[2, 9e15]", "growth": "(1, inf)",
-    "bias_variance": "[1e-9, 0.1]", "cosine": "[-1, 1]", "squarings": "[0, 64]",
+    "bias_variance": "[1e-9, 0.1]", "cosine": "[-1, 1]",
     "fan_in": "[1, 9e15]", "fan_out": "[1, 9e15]", "ndim": "[2, 9e15]", "stacked": "[0, 1]",
     "rows": "[2, 9e15]", "columns": "[0, 3]", "momentum": "[0, 1]", "epsilon": "[0, 3e38]",
     "features": "[1, 9e15]", "feature_group_count": "[1, 9]", "depth": "[8, 9e15]",
@@ -212,7 +210,7 @@ KINDS = {
     "dtype": [*wrong_type("number"), Bad("of integers", jnp.int32), Bad("unknown", "float99")],
     "overrides": [*wrong_type("none", "dict"), Bad("of numbers", {"*": 3}), Bad("bare", {3: None})],
     "init": CALLABLE, "where": CALLABLE, "function": CALLABLE, "kernel_init": CALLABLE,
-    "bias_init": CALLABLE, "scale_init": CALLABLE, "variant": wrong_type(), "net": wrong_type(),
+    "bias_init": CALLABLE, "scale_init": CALLABLE, "net": wrong_type(),
     "axes": wrong_type(), "opt_state": wrong_type(), "rest": wrong_type("none"),
 }  # fmt: skip
 KINDS["param_dtype"] = KINDS["dtype"]
@@ -239,7 +237,7 @@ def bad_values(name, argument, value):
 def _kinds(name, argument, value):
     if argument in ("precision", "path", "key"):
         return []  # JAX's own
-    if isinstance(value, dict) and argument in ("feature_groups", "strides"):
+    if isinstance(value, dict) and argument == "feature_groups":
         return RULES
     if argument in KINDS and name != "Shaped":
         return KINDS[argument]
@@ -276,8 +274,6 @@ def finish(name, result, given):
         return jax.eval_shape(lambda: result(KEY, shape))
     elif name == "describe":
         return [row.error for row in result.rows if row.error is not None]
-    elif hasattr(result, "gradient"):
-        return jax.eval_shape(lambda: orthojax.ortho_penalty(PARAMS, 1.0, variant=result))
     return result
 
 

@@ -23,7 +23,6 @@ from orthojax.matrices import (
     to_blocks,
     valid_columns,
 )
-from orthojax.ortho.conv import Conv
 from orthojax.ortho.resolution import (
     EMPTY,
     axes_or_reason,
@@ -31,25 +30,7 @@ from orthojax.ortho.resolution import (
     resolve_mask,
     resolve_view,
 )
-from orthojax.ortho.variants import (
-    SRIP,
-    Cosine,
-    Double,
-    Frobenius,
-    Layout,
-    MutualCoherence,
-    Variant,
-)
 from orthojax.tree_paths import leaves_with_paths
-
-VARIANTS: dict[str, Callable[[], Variant]] = {
-    "frobenius": Frobenius,
-    "double": Double,
-    "mutual_coherence": MutualCoherence,
-    "srip": SRIP,
-    "conv": Conv,
-    "cosine": Cosine,
-}
 
 # Kernels of more elements keep a device busy by themselves; copying them into a batch costs more
 # than the launch it saves.
@@ -81,15 +62,10 @@ class Kernel:
         stack = math.prod(self.shape[axis] for axis in self.axes.stack(len(self.shape)))
         return stack * self.axes.feature_groups * len(self.groups)
 
-    def layout(self, dtype) -> Layout:
-        """What blocks of this kernel have in common with those they are batched with."""
-        return Layout(
-            inputs=tuple(self.shape[axis] for axis in self.axes.inputs),
-            columns=max(self.groups),
-            dtype=accumulation_dtype(dtype),
-            spatial=tuple(self.axes.inputs.index(axis) for axis in self.axes.spatial),
-            strides=tuple(self.axes.strides),  # type: ignore[arg-type]  # one each, once resolved
-        )
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """`(*inputs, n)`: shape of a block, and of those that it may be batched with."""
+        return (*(self.shape[axis] for axis in self.axes.inputs), max(self.groups))
 
     def identity(self, dtype) -> jax.Array:
         """The target of `WᵀW`: zero on the diagonal where a column is padding.
@@ -103,25 +79,6 @@ class Kernel:
         return jnp.where(valid[:, :, None], eye, jnp.zeros_like(eye))
 
 
-def variant_named(variant: str | Variant) -> Variant:
-    """The variant of this name, or the object itself.
-
-    Raises:
-      ConfigError: An unknown name, or an object without the methods of a variant.
-
-    Example:
-      >>> variant_named("cosine")
-      Cosine(grouped=True)
-    """
-    if isinstance(variant, str):
-        checks.choice("variant", variant, VARIANTS)
-        return VARIANTS[variant]()
-    methods = (getattr(variant, name, None) for name in ("penalty", "gradient"))
-    if isinstance(variant, type) or not all(map(callable, methods)):
-        raise checks.refuse("variant", variant, "a name or a variant, such as SRIP()")
-    return variant
-
-
 def check_selection(mask: Any, view: Any, grouping: str) -> None:
     """Of the arguments that choose kernels, what is wrong whatever the parameters are.
 
@@ -132,21 +89,19 @@ def check_selection(mask: Any, view: Any, grouping: str) -> None:
     check_mask_and_view(mask, view)
 
 
-def penalized(
-    params: Any, mask: Any, view: Any, grouping: str, grouped: bool = True
-) -> list[tuple[jax.Array, Kernel]]:
+def penalized(params: Any, mask: Any, view: Any, grouping: str) -> list[tuple[jax.Array, Kernel]]:
     """The kernels among the parameters, with their arrays; arguments and errors: `find_kernels`."""
     found = []
-    for _, array, kernel in find_kernels(params, mask, view, grouping, grouped):
+    for _, array, kernel in find_kernels(params, mask, view, grouping):
         if isinstance(kernel, ConfigError):
-            raise kernel
+            raise ConfigError(*kernel.args)  # a view may keep its questions, and no traceback
         if isinstance(kernel, Kernel):
             found.append((array, kernel))
     return found
 
 
 def penalized_or_refuse(
-    params: Any, mask: Any, view: Any, grouping: str, grouped: bool = True
+    params: Any, mask: Any, view: Any, grouping: str
 ) -> list[tuple[jax.Array, Kernel]]:
     """Those of `penalized`; none at all is an error: a penalty of nothing is a mistake.
 
@@ -155,12 +110,12 @@ def penalized_or_refuse(
     Raises:
       ConfigError: As `find_kernels`, or there are arrays and none of them is a kernel.
     """
-    kernels = penalized(params, mask, view, grouping, grouped)
+    kernels = penalized(params, mask, view, grouping)
     if kernels:
         return kernels
     found = [
         (path, kernel)
-        for path, array, kernel in find_kernels(params, mask, view, grouping, grouped)
+        for path, array, kernel in find_kernels(params, mask, view, grouping)
         if hasattr(array, "shape")  # an array
     ]
     if not found or any(reason == EMPTY for _, reason in found):
@@ -181,7 +136,7 @@ def penalized_or_refuse(
 
 
 def find_kernels(
-    params: Any, mask: Any, view: Any, grouping: str, grouped: bool = True
+    params: Any, mask: Any, view: Any, grouping: str
 ) -> list[tuple[str, Any, "Kernel | str | ConfigError"]]:
     """`(path, array, kernel)` of every leaf, `None` leaves included.
 
@@ -208,7 +163,7 @@ def find_kernels(
         else:
             axes = axes_or_reason(axes_of, path, array)
             kernel = (
-                Kernel(path, tuple(array.shape), axes, grouping if grouped else "none")
+                Kernel(path, tuple(array.shape), axes, grouping)
                 if isinstance(axes, KernelAxes)
                 else axes
             )
@@ -221,12 +176,11 @@ def map_blocks(
     kernels: list[tuple[jax.Array, Kernel]],
     *others: list[jax.Array],
 ) -> list[jax.Array]:
-    """`function(blocks, identity, layout)` of every kernel; batches small kernels of one layout.
+    """`function(blocks, identity)` of every kernel; batches small ones of one shape.
 
     Args:
-      function: Maps blocks `(b, *inputs, n)`, targets `(b, n, n)` or `(1, n, n)`, and their layout
-        to an array with the leading axis of the blocks. The blocks of `others` are further
-        arguments.
+      function: Maps blocks `(b, *inputs, n)` and targets `(b, n, n)` or `(1, n, n)` to an array
+        with the leading axis of the blocks. The blocks of `others` are further arguments.
       kernels: Arrays and their descriptions.
       others: Lists of further arrays, one for each kernel and of its shape, such as gradients; they
         are cast to the dtype of the kernel's blocks.
@@ -241,12 +195,13 @@ def map_blocks(
         # What is stacked already is a batch by itself: joined with another it would be copied.
         alone = number if kernel.blocks > 1 or array.size > LARGEST_BATCHED else None
         sharding = _explicit_sharding(array)
-        buckets[kernel.layout(array.dtype), sharding, alone].append(number)
+        dtype = accumulation_dtype(array.dtype)
+        buckets[kernel.block_shape, dtype, sharding, alone].append(number)
     results: dict[int, jax.Array] = {}
-    for (layout, *_), numbers in buckets.items():
+    for (_, dtype, *_), numbers in buckets.items():
         members = [kernels[number] for number in numbers]
         parts = with_auto_axes(
-            functools.partial(_map_bucket, function, layout, [kernel for _, kernel in members]),
+            functools.partial(_map_bucket, function, dtype, [kernel for _, kernel in members]),
             [array for array, _ in members],
             *([arrays[number] for number in numbers] for arrays in others),
         )
@@ -255,15 +210,15 @@ def map_blocks(
     return [results[number] for number in range(len(kernels))]
 
 
-def _map_bucket(function, layout, members, *operands):
+def _map_bucket(function, dtype, members, *operands):
     def joined(arrays):
         parts = [to_blocks(a, k.axes, k.grouping) for a, k in zip(arrays, members, strict=True)]
-        parts = [part.astype(layout.dtype) for part in parts]
+        parts = [part.astype(dtype) for part in parts]
         # One member is not copied.
         return jnp.concatenate(parts) if len(parts) > 1 else parts[0]
 
     blocks, *others = map(joined, operands)
-    result = function(blocks, _identity(members, layout.dtype), layout, *others)
+    result = function(blocks, _identity(members, dtype), *others)
     ends = np.cumsum([kernel.blocks for kernel in members])
     parts = jnp.split(result, ends[:-1])
     if result.shape != blocks.shape:

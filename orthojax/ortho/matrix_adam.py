@@ -132,8 +132,7 @@ def _wide(dtype):
     return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
-def _mean_square_of_columns(blocks, identity, layout):
-    del layout
+def _mean_square_of_columns(blocks, identity):
     squares = jnp.sum(jnp.square(blocks), axis=tuple(range(1, blocks.ndim)))
     return squares / jnp.sum(identity, axis=(1, 2))
 

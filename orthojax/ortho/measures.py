@@ -13,9 +13,8 @@ from orthojax.ortho.kernels import (
     map_blocks,
     penalized,
     penalized_or_refuse,
-    variant_named,
 )
-from orthojax.ortho.variants import Variant
+from orthojax.ortho.penalty import penalty
 from orthojax.ortho.views import View
 
 
@@ -26,17 +25,16 @@ def ortho_penalty(
     *,
     view: View | Any = None,
     grouping: str = "ceil",
-    variant: str | Variant = "frobenius",
 ) -> jax.Array:
-    """`λ/2 Σ P` over all kernels: the number whose gradient `optax_ortho` adds.
+    """`λ/2 Σ ‖WᵀW − I‖_F²` over all kernels: the number whose gradient `optax_ortho` adds.
 
     For logging, for methods that want it in the loss (line search, second order), and as the
-    reference that the closed forms are tested against: `jax.grad` of it is right for every variant.
+    reference that the closed form is tested against by `jax.grad`.
 
     Args:
       params: Parameter tree.
       coefficient: λ.
-      mask, view, grouping, variant: See `optax_ortho`.
+      mask, view, grouping: See `optax_ortho`.
 
     Returns:
       A scalar, float32 (float64 if a kernel is).
@@ -49,10 +47,9 @@ def ortho_penalty(
       >>> float(ortho_penalty({"kernel": 2 * jnp.eye(3)}, 2.0))  # 3 · (2² − 1)²
       27.0
     """
-    variant = variant_named(variant)
     checks.number("coefficient", coefficient, "[0, inf)", traced=True)
-    kernels = penalized_or_refuse(params, mask, view, grouping, variant.grouped)
-    sums = [jnp.sum(part) for part in map_blocks(variant.penalty, kernels)]
+    kernels = penalized_or_refuse(params, mask, view, grouping)
+    sums = [jnp.sum(part) for part in map_blocks(penalty, kernels)]
     total = _total(sums)
     return jnp.asarray(coefficient, total.dtype) / 2 * total
 
@@ -91,8 +88,7 @@ def orthonormality_error(
 def errors_of(kernels: list[tuple[jax.Array, Kernel]]) -> dict[str, jax.Array]:
     """`orthonormality_error` of kernels that were found already."""
 
-    def relative_error(blocks, identity, layout):
-        del layout
+    def relative_error(blocks, identity):
         squares = jnp.sum((gram(blocks) - identity) ** 2, axis=(1, 2))
         return jnp.sqrt(squares / jnp.sum(identity, axis=(1, 2)))
 
@@ -143,8 +139,8 @@ def mean_correlation(
     checks.flag("absolute", absolute)
     kernels = penalized(params, mask, view, "none")
 
-    def cosines(blocks, identity, layout):
-        del identity, layout
+    def cosines(blocks, identity):
+        del identity
         norms = jnp.linalg.norm(blocks.reshape(len(blocks), -1, blocks.shape[-1]), axis=1)
         unit = blocks / jnp.where(norms > 0, norms, 1).reshape(
             len(blocks), *(1,) * (blocks.ndim - 2), -1

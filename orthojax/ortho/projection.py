@@ -53,7 +53,7 @@ def project_orthonormal(
     checks.choice("method", method, ("newton_schulz", "svd"))
     factor = polar if method == "newton_schulz" else _svd
     kernels = penalized_or_refuse(params, mask, view, grouping)
-    parts = map_blocks(lambda blocks, identity, layout: factor(blocks, identity), kernels)
+    parts = map_blocks(factor, kernels)
     projected = {
         kernel.path: part.astype(array.dtype)
         for part, (array, kernel) in zip(parts, kernels, strict=True)

@@ -175,10 +175,7 @@ def stiefel(
 
 def _projected(arrays, descriptions):
     """The nearest orthonormal kernels."""
-    parts = map_blocks(
-        lambda blocks, identity, layout: polar(blocks, identity),
-        list(zip(arrays, descriptions, strict=True)),
-    )
+    parts = map_blocks(polar, list(zip(arrays, descriptions, strict=True)))
     return [part.astype(array.dtype) for part, array in zip(parts, arrays, strict=True)]
 
 
@@ -186,7 +183,7 @@ def _of_pairs(function, kernels, updates):
     """`function(blocks, identity, blocks of the updates)` of every kernel."""
     leaves = dict(leaves_with_paths(updates))
     return map_blocks(
-        lambda blocks, identity, layout, others: of_tall(function, blocks, identity, others),
+        lambda blocks, identity, others: of_tall(function, blocks, identity, others),
         kernels,
         [leaves[kernel.path] for _, kernel in kernels],
     )

@@ -13,9 +13,8 @@ from orthojax.ortho.kernels import (
     map_blocks,
     penalized,
     penalized_or_refuse,
-    variant_named,
 )
-from orthojax.ortho.variants import Variant
+from orthojax.ortho.penalty import gradient
 from orthojax.ortho.views import View
 from orthojax.tree_paths import path_name
 
@@ -32,7 +31,6 @@ def optax_ortho(
     *,
     view: View | Any = None,
     grouping: str = "ceil",
-    variant: str | Variant = "frobenius",
 ) -> optax.GradientTransformation:
     r"""Add the gradient of the orthonormality penalty of every kernel to the updates.
 
@@ -66,11 +64,10 @@ def optax_ortho(
         or a function from the parameters to one. `False` exempts a parameter. It cannot add
         one: what the view calls no kernel has no matrix.
       view: Which parameters are kernels and what their axes mean: a tree of `KernelAxes` and `None`
-        or a function from the parameters to one, see `orthojax.ortho.views`. The default,
-        `views.flax()`, takes the parameters called `kernel`, with the output last and stack axes
-        first.
+        or a function from the parameters to one, see `orthojax.ortho.views`. For a Flax model take
+        `orthojax.linen.axes(net, x)` or `orthojax.nnx.axes(model)`. The default, `views.flax()`,
+        reads parameters called `kernel` by rank, with the output last.
       grouping: Column groups of kernels with `f_out > f_in`, see `matrices.group_sizes`.
-      variant: A name of `orthojax.ortho.VARIANTS`, or an object like `orthojax.ortho.SRIP()`.
 
     Returns:
       An `optax.GradientTransformation`. Its state is `OrthoState` if the coefficient is a schedule,
@@ -79,7 +76,7 @@ def optax_ortho(
 
     Raises:
       ValueError: `update` without `params` (optax's message).
-      ConfigError: A coefficient that is negative or no number; an unknown grouping or variant; an
+      ConfigError: A coefficient that is negative or no number; an unknown grouping; an
         invalid mask or view; by `init`, a parameter whose axes the view cannot tell, with its path
         and shape, or no kernel among the parameters at all.
 
@@ -99,9 +96,9 @@ def optax_ortho(
 
     References:
       D. Xie, J. Xiong, S. Pu, `All You Need is Beyond a Good Init
-      <https://arxiv.org/abs/1703.01827>`_, 2017. For the variants see `orthojax.ortho.variants`.
+      <https://arxiv.org/abs/1703.01827>`_, 2017.
     """
-    return _adding(coefficient, 1, mask, view, grouping, variant)
+    return _adding(coefficient, 1, mask, view, grouping)
 
 
 def decoupled_ortho(
@@ -110,7 +107,6 @@ def decoupled_ortho(
     *,
     view: View | Any = None,
     grouping: str = "ceil",
-    variant: str | Variant = "frobenius",
 ) -> optax.GradientTransformation:
     r"""Subtract the penalty's gradient from finished updates: a step of its own, last in the chain.
 
@@ -145,11 +141,10 @@ def decoupled_ortho(
       >>> bool(jnp.abs(after - jnp.eye(3)).max() < 2e-4)
       True
     """
-    return _adding(coefficient, -1, mask, view, grouping, variant)
+    return _adding(coefficient, -1, mask, view, grouping)
 
 
-def _adding(coefficient, sign, mask, view, grouping, variant):
-    variant = variant_named(variant)
+def _adding(coefficient, sign, mask, view, grouping):
     check_selection(mask, view, grouping)
     if not callable(coefficient):
         checks.number("coefficient", coefficient, "[0, inf)", traced=True)
@@ -157,7 +152,7 @@ def _adding(coefficient, sign, mask, view, grouping, variant):
     def init_fn(params):
         # Shapes alone are looked at: a parameter that cannot be read as a matrix is an error now
         # and not in the first update, and so is a tree without kernels.
-        penalized_or_refuse(params, mask, view, grouping, variant.grouped)
+        penalized_or_refuse(params, mask, view, grouping)
         if callable(coefficient):
             return OrthoState(count=jnp.zeros([], jnp.int32))
         return optax.EmptyState()
@@ -176,10 +171,10 @@ def _adding(coefficient, sign, mask, view, grouping, variant):
         # Parameters are found by path; that the trees agree is checked as `jax.tree.map` would.
         treedef.flatten_up_to(params)
         present = {path_name(path) for path, update in flat if update is not None}
-        kernels = penalized(params, mask, view, grouping, variant.grouped)
+        kernels = penalized(params, mask, view, grouping)
         kernels = [(array, kernel) for array, kernel in kernels if kernel.path in present]
-        gradients = map_blocks(variant.gradient, kernels)
-        added = {k.path: gradient for (_, k), gradient in zip(kernels, gradients, strict=True)}
+        gradients = map_blocks(gradient, kernels)
+        added = {k.path: added for (_, k), added in zip(kernels, gradients, strict=True)}
         return treedef.unflatten(
             _add(update, sign * scale, added.get(path_name(path))) for path, update in flat
         ), state

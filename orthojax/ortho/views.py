@@ -7,17 +7,15 @@ matched by path, so that a dictionary like `{"stage1/scanned/conv/kernel": Kerne
 as well. A `ConfigError` as a leaf is a question that only the caller can answer: it is raised as
 soon as the parameter is to be used, and shown by `orthojax.describe`.
 
-The ready-made views below make such functions. They know the layouts of Flax (linen and NNX),
-Equinox and Haiku, and take everything else from the parameters themselves: the types of Equinox
-modules; elsewhere the names that the library gives, the bias beside a kernel, the normalization
-around it. A shape alone says little: a stack of dense layers has the rank of a 1-D convolution.
-Where only a guess would be left, they ask.
+A model knows its axes: `orthojax.linen.axes` and `orthojax.nnx.axes` read them from Flax models,
+and `equinox` below from the parameters, which are the model. `flax` and `haiku` have parameters
+alone, their names and ranks. A shape says little: a stack of dense layers has the rank of a 1-D
+convolution. Where only a guess would be left, they ask.
 """
 
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -40,9 +38,10 @@ View = Callable[[Any], Any] | Any
 Shape = tuple[int, ...]
 
 # The transformations of linen put their names before that of the class: `ScanCheckpointBlock_0`.
-_LIFTED = r"(?:Remat_scan|Scan|Vmap|Checkpoint|Jit|Map_variables|Custom_vjp|Add_metadata_axis)"
-_LIFTED_CLASS = re.compile(rf"{_LIFTED}*([A-Z]\w*)_\d+")
-_MAPPED_CLASS = re.compile(rf"{_LIFTED}*?(?:Remat_scan|Scan|Vmap){_LIFTED}*[A-Z]\w*_\d+")
+_MAPPED_CLASS = re.compile(
+    r"(Checkpoint|Jit|Map_variables|Custom_vjp|Add_metadata_axis)*(Remat_scan|Scan|Vmap)[A-Z]\w*_\d+"
+)
+_ATTENTION = ("query", "key", "value", "out")
 
 
 def flax(
@@ -50,27 +49,21 @@ def flax(
     *,
     depthwise: tuple[str, ...] = ("depthwise",),
     feature_groups: Mapping[str, int] | None = None,
-    strides: Mapping[str, int | tuple[int, ...]] | None = None,
     overrides: Mapping[str, KernelAxes | None] | None = None,
 ) -> View:
     """The view of Flax parameters, linen's and NNX's; the default of every function here.
 
     Kernels are the parameters called `kernel`, with the output last: `Dense` `(in, out)`, `Conv`
-    `(*window, in, out)`, `DenseGeneral` `(*in, *out)`. Nothing else is, whatever its rank: biases,
-    scales, embeddings, tokens. Leading axes of a stack (`nn.scan`, `nn.vmap`, `nnx.vmap`, a vmapped
-    `init`) are found, in this order, by
+    `(*window, in, out)`. Nothing else is, whatever its rank: biases, scales, embeddings, tokens.
+    Behind the stack axes that `stacked` says, a kernel with its bias `(out,)` has one output, and
+    all else is input. Without a bias, one of rank 2 is dense, one of rank 4 a 2-D convolution, and
+    one of rank 3 a 1-D convolution if its module's name contains `conv`.
 
-    1. the bias of the layer: `(out,)` in one layer, `(stack, out)` in a stack; it also tells the
-       two output axes of a `DenseGeneral`, and the output of a transposed kernel;
-    2. names: modules that `stacked` names; linen's `Dense_0`, also as `VmapDense_0`; attention with
-       its `query` and `out`;
-    3. the normalization around a kernel without bias: if all parameters of a module share their
-       leading axes, and scales have them too, the module is a stack.
-
-    Else a kernel of rank 2 is dense, one of rank 4 a 2-D convolution (unless linen's default names
-    say that it was mapped), one of rank 3 a 1-D convolution if its module's name contains `conv`.
-    Everything else is a question. A convolution from one channel and a depthwise one, and grouped
-    ones in general, look alike, too: `depthwise` and `feature_groups` tell them apart.
+    Everything else is a question. So is what a bias, a normalization around the kernel, or a name
+    such as `ScanBlock_0` or `query` contradicts: stacks and attention have to be told. The model
+    tells: `orthojax.linen.axes(net, x)` and `orthojax.nnx.axes(model)` read all of them, and the
+    groups of convolutions, of which parameters say nothing: a grouped or depthwise convolution is
+    read as an ordinary one unless `feature_groups` or `depthwise` name it.
 
     Args:
       stacked: Fragments of module names. Every module on the path whose name contains one adds a
@@ -78,7 +71,6 @@ def flax(
       depthwise: Fragments of names of modules with `feature_group_count == in_features`. Every
         output is taken by itself; with a channel multiplier, give `feature_groups` as well.
       feature_groups: Pattern of the path to `feature_group_count`.
-      strides: Pattern of the path to window strides (read by the `conv` variant alone).
       overrides: Pattern of the path to axes (or `None`: no kernel); first of all rules. Negative
         axes serve stacks of any depth.
 
@@ -96,7 +88,7 @@ def flax(
     Example:
       >>> import jax
       >>> params = {"layers": {"Dense_0": {"kernel": jax.ShapeDtypeStruct((6, 8, 4), "float32")}}}
-      >>> axes = flax()(params)["layers/Dense_0/kernel"]
+      >>> axes = flax(stacked=("layers",))(params)["layers/Dense_0/kernel"]
       >>> axes.inputs, axes.outputs, axes.stack(3)
       ((1,), (2,), (0,))
       >>> heads = KernelAxes(inputs=(-3,), outputs=(-2, -1))
@@ -104,8 +96,8 @@ def flax(
       >>> flax(overrides={"*q_proj/kernel": heads})(params)["q_proj/kernel"] == heads
       True
     """
-    layout = _Layout("flax", "kernel", ("bias", "scale"), "bias", _flax_rank)
-    return _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides)
+    layout = _Layout("flax", "kernel", ("bias", "scale"), "bias", lambda modules: None)
+    return _channels_last(layout, stacked, depthwise, feature_groups, overrides)
 
 
 def haiku(
@@ -113,19 +105,18 @@ def haiku(
     *,
     depthwise: tuple[str, ...] = ("depthwise",),
     feature_groups: Mapping[str, int] | None = None,
-    strides: Mapping[str, int | tuple[int, ...]] | None = None,
     overrides: Mapping[str, KernelAxes | None] | None = None,
 ) -> View:
     """The view of Haiku parameters: those called `w`, output last (transposed: last but one).
 
     Biases `b`, `scale` and `offset` of normalization and `embeddings` are not kernels. The rank of
     a layer is known from the names that Haiku gives (`linear`, `conv2_d`), axes before it are stack
-    axes; under other names, by the bias, as in `flax`.
+    axes; under other names as in `flax`.
 
     Args:
       stacked: Fragments of module names that add a leading stack axis each
         (`hk.experimental.layer_stack`).
-      depthwise, feature_groups, strides, overrides: As in `flax`.
+      depthwise, feature_groups, overrides: As in `flax`.
 
     Raises:
       ConfigError: As `flax`.
@@ -137,26 +128,22 @@ def haiku(
       (2,)
     """
     layout = _Layout("haiku", "w", ("b",), "b", _haiku_rank)
-    return _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides)
+    return _channels_last(layout, stacked, depthwise, feature_groups, overrides)
 
 
 def equinox(
     *,
-    strides: Mapping[str, int | tuple[int, ...]] | None = None,
     overrides: Mapping[str, KernelAxes | None] | None = None,
 ) -> View:
     """The view of Equinox models, by the types of their modules; `weight` has the output first.
 
     Kernels are the weights of `eqx.nn.Linear` `(out, in)`, of `eqx.nn.Conv` and `ConvTranspose`
     `(out, in, *window)`, and of recurrent cells, and of subclasses of these. Axes before those of
-    the layer are stack axes (`eqx.filter_vmap` over keys); groups and strides of a convolution are
-    its own. Embeddings and normalizations, whose parameter is called `weight` as well, are not
-    kernels, nor are parameters of other names. A `weight` of rank 2 or more in any other module is
-    a question.
+    the layer are stack axes (`eqx.filter_vmap` over keys); groups of a convolution are its own.
+    Embeddings and normalizations, whose parameter is called `weight` as well, are not kernels, nor
+    are parameters of other names. A `weight` of rank 2 or more in any other module is a question.
 
     Args:
-      strides: Pattern of the path to window strides, instead of the layer's own (read by the
-        `conv` variant alone).
       overrides: Pattern of the path to axes (or `None`: no kernel); first of all rules.
 
     Raises:
@@ -170,13 +157,13 @@ def equinox(
       ((3, 8), 'named bias')
     """
 
-    _check_rules(strides=strides, overrides=overrides)
+    _check_rules(overrides=overrides)
 
     def view(params):
         _check_called_with_parameters(params)
         shapes, owners = shapes_by_path(params), _owners(params)
         axes = {path: _equinox_axes(path, shape, owners[path]) for path, shape in shapes.items()}
-        return _with_rules(params, axes, strides, overrides)
+        return _with_overrides(params, axes, overrides)
 
     return view
 
@@ -199,229 +186,99 @@ class _Layout(NamedTuple):
     rank: Callable[[list[str]], int | None]
 
 
-class _Reading(NamedTuple):
-    """Of a kernel: number of stack and of output axes, whether the output is before the input."""
-
-    stack: int
-    outputs: int = 1
-    transposed: bool = False
-
-
-def _channels_last(layout, stacked, depthwise, feature_groups, strides, overrides):
+def _channels_last(layout, stacked, depthwise, feature_groups, overrides):
     _check_fragments("stacked", stacked)
     _check_fragments("depthwise", depthwise)
-    _check_rules(feature_groups=feature_groups, strides=strides, overrides=overrides)
+    _check_rules(feature_groups=feature_groups, overrides=overrides)
 
     def view(params):
         _check_called_with_parameters(params)
         shapes = shapes_by_path(params)
-        evidence = _Evidence(layout, shapes, tuple(stacked))
+        leads = _leads(layout, shapes)
         _check_patterns("feature_groups", feature_groups, params)
         axes = {}
         for path, shape in shapes.items():
             *modules, name = path.split("/")
+            stack = sum(_named([module], stacked) for module in modules)
             if name != layout.kernel:
                 axes[path] = _named_otherwise(name)
-                continue
-            reading = evidence.reading(path)
-            if isinstance(reading, _Reading):
+            elif len(shape) < 2:
+                axes[path] = f"rank {len(shape)}"
+            elif (known := layout.rank(modules)) is not None and len(shape) - known >= stack:
+                turned = known > 2 and _named(modules, ("transpose",))
+                axes[path] = _axes(len(shape), len(shape) - known, turned)
+            elif why := _unclear(layout, path, shapes, leads, stacked):
+                axes[path] = _question(layout.view, path, shape, why)
+            else:
+                axes[path] = _axes(len(shape), stack, heads=modules[-1:] == ["out"])
+            if isinstance(axes[path], KernelAxes):
                 alone = shape[-2] == 1 and _named(modules, depthwise)
                 groups = _matching(feature_groups, path, shape[-1] if alone else 1)
-                heads = evidence.attention(modules) is not None
-                reading = _axes(reading, len(shape), groups, heads)
-            axes[path] = reading
-        return _with_rules(params, axes, strides, overrides)
+                axes[path] = dataclasses.replace(axes[path], feature_groups=groups)
+        return _with_overrides(params, axes, overrides)
 
     return view
 
 
-def _axes(reading: _Reading, rank: int, groups: int, heads: bool) -> KernelAxes:
-    first_output = rank - reading.outputs
-    alone = reading.outputs > 1 or heads
-    window = () if alone else tuple(range(reading.stack, rank - 2))
-    if reading.transposed:
-        return KernelAxes((*window, rank - 1), (rank - 2,), window, groups)
-    inputs = tuple(range(reading.stack, first_output))
-    return KernelAxes(inputs, tuple(range(first_output, rank)), window, groups)
+def _axes(rank, stack, transposed=False, heads=False) -> KernelAxes:
+    window = () if heads else tuple(range(stack, rank - 2))
+    if transposed:
+        return KernelAxes((*window, rank - 1), (rank - 2,), window)
+    return KernelAxes(tuple(range(stack, rank - 1)), (rank - 1,), window)
 
 
-class _Evidence:
-    """What the shapes and names of a whole tree say about the axes of a kernel in it."""
-
-    def __init__(self, layout: _Layout, shapes: dict[str, Shape], stacked: tuple[str, ...]):
-        self.layout, self.shapes, self.stacked = layout, shapes, stacked
-        self.below: dict[
-            str, list[str]
-        ] = {}  # module path -> paths of all parameters in it, at any depth
-        for path in shapes:
-            for module in _modules_around(path):
-                self.below.setdefault(module, []).append(path)
-        self.stack_of_module = functools.cache(self._stack_of_module)
-
-    def reading(self, path: str) -> _Reading | str | ConfigError:
-        """How a kernel is to be read, why it is none, or the question what it is."""
-        *modules, _ = path.split("/")
-        shape = self.shapes[path]
-        if len(shape) < 2:
-            return f"rank {len(shape)}"
-        named = sum(_named([module], self.stacked) for module in modules)
-        known, attention = self._known_stack(path), self.attention(modules)
-        if self._bias_of(path) is not None:
-            return self._by_bias(path, named, known, attention)
-        transposed = self.layout.view == "haiku" and _named(modules, ("transpose",))
-        if known is not None and known >= named:
-            return _Reading(known, 1, transposed and len(shape) - known > 2)
-        around = self._by_surroundings(path)
-        if around is None and not named:
-            return self._question(path)
-        stack = max(named, around or 0)
-        if attention is not None and attention >= stack:
-            return _Reading(attention, 1 if modules[-1] == "out" else 2)
-        rank = len(shape) - stack
-        if rank < 2 or known is not None:
-            return self._question(path, f"{stack} leading axes are said to be stack axes")
-        mapped = stack == 0 and any(map(_MAPPED_CLASS.fullmatch, modules))
-        if rank == 2 or (rank == 3 and _like_conv(modules)) or (rank == 4 and not mapped):
-            return _Reading(stack, 1, transposed and rank > 2)
-        return self._question(path)
-
-    def _by_bias(self, path, named, known, attention):
-        shape, bias = self.shapes[path], self._bias_of(path)
-        readings = list(_readings(shape, bias))
-        # Of several readings that the bias leaves, the one that a name confirms.
-        for stack in (known, attention, named or None):
-            readings = [r for r in readings if r.stack == stack] or readings
-        if not readings and known is not None and known >= named:
-            return _Reading(known)
-        if len(readings) != 1:
-            why = f"its bias of shape {bias} does not tell: {_question_of(shape)}"
-            return self._question(path, why)
-        if readings[0].stack < named:
-            return self._question(
-                path,
-                f"by the name of its module {named} of its leading axes are stack axes, by its bias"
-                f" of shape {bias} {readings[0].stack}",
-            )
-        return readings[0]
-
-    def _known_stack(self, path) -> int | None:
-        """Number of stack axes of a layer whose class, and so the rank of its kernel, is known."""
-        rank = self.layout.rank(path.split("/")[:-1])
-        return (
-            None if rank is None or rank > len(self.shapes[path]) else len(self.shapes[path]) - rank
-        )
-
-    def _bias_of(self, path) -> Shape | None:
-        module = path.rpartition("/")[0]
-        return self.shapes.get(f"{module}/{self.layout.bias}" if module else self.layout.bias)
-
-    def _by_surroundings(self, path) -> int | None:
-        """Number of stack axes by the parameters around: 0 if they say nothing, `None`: unsure."""
-        for module in _modules_around(path):
-            stack = self.stack_of_module(module)
-            if stack is None:
-                continue
-            lead, certain = stack
-            if not lead or self.shapes[path][: len(lead)] != lead:
-                return 0
-            if len(self.shapes[path]) - len(lead) < 2:
-                return 0
-            return len(lead) if certain else None
-        return 0
-
-    def _stack_of_module(self, module) -> tuple[Shape, bool] | None:
-        """The stack axes that all parameters of a module share, and whether they are the module's.
-
-        `None` if there is no vector in it to tell. They may as well be those of a submodule that
-        happen to fit, if all vectors sit in submodules with kernels of their own.
-        """
-        vectors = [
-            path
-            for path in self.below[module]
-            if path.rpartition("/")[2] in self.layout.vectors and self.shapes[path]
-        ]
-        leads = {lead for path in vectors if (lead := self._lead(path)) is not None}
-        if not leads:
-            return None
-        lead = leads.pop()
-        if leads or any(self.shapes[path][: len(lead)] != lead for path in self.below[module]):
-            return (), True
-        return lead, any(not self._has_kernel(module, path) for path in vectors)
-
-    def _lead(self, vector) -> Shape | None:
-        shape = self.shapes[vector]
-        module, _, name = vector.rpartition("/")
-        kernel = self.shapes.get(f"{module}/{self.layout.kernel}" if module else self.layout.kernel)
-        if kernel is None or name != self.layout.bias:
-            return shape[:-1]
-        stacks = {reading.stack for reading in _readings(kernel, shape)}
-        return shape[: stacks.pop()] if len(stacks) == 1 else None
-
-    def _has_kernel(self, module, path) -> bool:
-        """Whether the child of the module in which this parameter is holds a kernel."""
-        rest = path[len(module) + 1 :] if module else path
-        child, slash, _ = rest.partition("/")
-        if not slash:
-            return False
-        inside = self.below[f"{module}/{child}" if module else child]
-        return any(name.rpartition("/")[2] == self.layout.kernel for name in inside)
-
-    def attention(self, modules) -> int | None:
-        """Number of stack axes of Flax's attention, known by its `query` and `out`; else `None`."""
-        if not modules or modules[-1] not in ("query", "key", "value", "out"):
-            return None
-        query, out = (
-            self.shapes.get("/".join([*modules[:-1], name, self.layout.kernel]))
-            for name in ("query", "out")
-        )
-        if query is None or out is None or len(query) != len(out) or len(query) < 3:
-            return None
-        stack = len(query) - 3
-        heads = query[:stack] == out[:stack] and query[stack + 1 :] == out[stack : stack + 2]
-        dense = query[:-2] == out[:-2] and query[-1] == out[-2]
-        return stack if heads and not dense else None
-
-    def _question(self, path, why=None) -> ConfigError:
-        shape, view = self.shapes[path], self.layout.view
-        return ConfigError(
-            f"parameter {path!r} of shape {shape}: {why or _question_of(shape)}? Say its axes in"
-            f" view=views.{view}(overrides={{{path!r}: KernelAxes(inputs=..., outputs=...)}}), or,"
-            f" of a stack, put a fragment of its module's name into views.{view}(stacked=(...,));"
-            " or leave it out by `mask`"
-        )
-
-
-def _question_of(shape) -> str:
-    rank = len(shape)
-    if rank == 2:
-        return "a dense kernel, or a stack of vectors"
+def _unclear(layout, path, shapes, leads, stacked) -> str:
+    """What a kernel behind its named stack axes could be instead; empty if it is sure to be one."""
+    shape, (*modules, _) = shapes[path], path.split("/")
+    others = [module for module in modules if not _named([module], stacked)]
+    stack, module = len(modules) - len(others), "/".join(modules)
+    rank, name = len(shape) - stack, modules[-1].lower() if modules else ""
+    if rank < 2:
+        return f"{stack} of its axes are said to be stack axes"
+    bias = shapes.get(f"{module}/{layout.bias}" if module else layout.bias)
+    if bias is not None and bias != (*shape[:stack], shape[-1]):
+        return f"its bias of shape {bias} says that it is no plain layer with {stack} stack axes"
+    if bias is not None or rank == 2:
+        return ""
+    conv = rank == 4 or (rank == 3 and "conv" in name and "local" not in name)
+    around = next((leads[m] for m in _modules_around(module) if m in leads), ())
+    deeper = any(len(lead) > stack and shape[: len(lead)] == lead for lead in around)
+    mapped = any(map(_MAPPED_CLASS.fullmatch, others)) or name in _ATTENTION
+    if conv and not deeper and not mapped:
+        return ""
     if rank == 3:
         return "a 1-D convolution, two input or two output axes, or a stack of dense kernels"
     return f"a convolution over {rank - 2} axes, or a stack of kernels"
 
 
-def _readings(kernel: Shape, bias: Shape) -> Iterator[_Reading]:
-    """How a kernel can be read if this is the bias of its layer."""
-    for stack in range(len(bias)):
-        outputs = len(bias) - stack
-        if len(bias) >= len(kernel) or kernel[:stack] != bias[:stack]:
-            continue
-        if kernel[-outputs:] == bias[stack:]:
-            yield _Reading(stack, outputs)
-        elif outputs == 1 and len(kernel) - stack > 2 and kernel[-2] == bias[-1]:
-            yield _Reading(stack, 1, transposed=True)
+def _leads(layout, shapes) -> dict[str, set[Shape]]:
+    """Of each module with biases and scales in it, at any depth: the axes that these have before
+    their last."""
+    leads: dict[str, set[Shape]] = {}
+    for path, shape in shapes.items():
+        module, _, name = path.rpartition("/")
+        if name in layout.vectors and shape:
+            for around in _modules_around(module):
+                leads.setdefault(around, set()).add(shape[:-1])
+    return leads
 
 
-def _modules_around(path) -> Iterator[str]:
-    """The modules that hold a parameter, innermost first; the last is the whole tree, `''`."""
-    while path:
-        path = path.rpartition("/")[0]
-        yield path
+def _modules_around(module) -> Iterator[str]:
+    """This module and those that hold it, innermost first; the last is the whole tree, `''`."""
+    yield module
+    while module:
+        module = module.rpartition("/")[0]
+        yield module
 
 
-def _flax_rank(modules) -> int | None:
-    match = _LIFTED_CLASS.fullmatch(modules[-1]) if modules else None
-    return 2 if match and match[1] == "Dense" else None
+def _question(view, path, shape, why) -> ConfigError:
+    tells = "the model tells, by view=orthojax.linen.axes(net, x) or orthojax.nnx.axes(model); or "
+    return ConfigError(
+        f"parameter {path!r} of shape {shape}: {why}? {tells * (view == 'flax')}say its axes in"
+        f" view=views.{view}(overrides={{{path!r}: KernelAxes(inputs=..., outputs=...)}}), or,"
+        f" of a stack, put a fragment of its module's name into views.{view}(stacked=(...,));"
+        " or leave it out by `mask`"
+    )
 
 
 def _haiku_rank(modules) -> int | None:
@@ -430,10 +287,6 @@ def _haiku_rank(modules) -> int | None:
     if convolution:
         return int(convolution[1]) + 2
     return 2 if re.fullmatch(r"linear(_\d+)?", name) else None
-
-
-def _like_conv(modules) -> bool:
-    return bool(modules) and "conv" in modules[-1].lower()
 
 
 # What Equinox's layers are by the names of their classes: rank of `weight` without a window.
@@ -463,9 +316,8 @@ def _equinox_axes(path, shape, owner) -> KernelAxes | str | ConfigError:
     if stack < 0:
         return f"rank {len(shape)} in an eqx.nn.{kind}"
     spatial = tuple(range(stack + 2, len(shape)))
-    strides = owner.stride if kind == "Conv" else 1
     groups = getattr(owner, "groups", 1)
-    return KernelAxes((*spatial, stack + 1), (stack,), spatial, groups, strides)
+    return KernelAxes((*spatial, stack + 1), (stack,), spatial, groups)
 
 
 def _owners(params) -> dict[str, Any]:
@@ -485,20 +337,10 @@ def _owners(params) -> dict[str, Any]:
     return owners
 
 
-def _with_rules(params, axes, strides, overrides) -> dict[str, KernelAxes | str | ConfigError]:
+def _with_overrides(params, axes, overrides) -> dict[str, KernelAxes | str | ConfigError]:
     _check_patterns("overrides", overrides, params)
-    _check_patterns("strides", strides, params)
-
-    def of(path, found):
-        override = _matching(overrides, path, found)
-        if override is None:
-            return "overridden"
-        if override is found and isinstance(found, KernelAxes) and found.spatial:
-            stride = _matching(strides, path, found.strides)
-            return dataclasses.replace(found, strides=stride)
-        return override
-
-    return {path: of(path, found) for path, found in axes.items()}
+    found = {path: _matching(overrides, path, read) for path, read in axes.items()}
+    return {path: "overridden" if read is None else read for path, read in found.items()}
 
 
 def _check_called_with_parameters(params):
@@ -525,8 +367,6 @@ def _check_rules(**rules):
             entry = f"{name}[{pattern!r}]"
             if name == "feature_groups":
                 checks.integer(entry, value, 1)
-            elif name == "strides":
-                checks.strides(entry, value)
             elif not (value is None or isinstance(value, KernelAxes)):
                 raise checks.refuse(entry, value, "KernelAxes(inputs=..., outputs=...) or None")
 

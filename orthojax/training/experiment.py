@@ -1,7 +1,8 @@
 """A config, checked and built into everything that stays the same during training."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from orthojax import data
 from orthojax.config.sections import bind
 from orthojax.errors import ConfigError
+from orthojax.linen import axes
 from orthojax.models import ConvNet
 from orthojax.parallel.mesh import batch_sharding, make_mesh
 from orthojax.sites.modulation import modulation
@@ -171,7 +173,18 @@ class Experiment:
 
     def optimizer(self, hyperparams: TracedHyperparams) -> optax.GradientTransformation:
         """Regularizer and optimizer, chained, with hyperparameters that may be traced."""
-        return _optimizer_and_schedule(self.settings, self.mesh, hyperparams)[0]
+        return _optimizer_and_schedule(self.settings, self.mesh, hyperparams, self.view)[0]
+
+    @functools.cached_property
+    def view(self) -> Callable[[Any], Any] | None:
+        """What somebody's net says of its parameters called `kernel`; None: `views.flax()`."""
+        if isinstance(self.net, ConvNet):
+            return None
+        images = jax.ShapeDtypeStruct((2, *self.dataset.image_shape), np.float32)
+        said = axes(self.net, images, train=False)
+        names = {path: path.rpartition("/")[2] for path in said}
+        kernels = {p: said[p] if name == "kernel" else f"named {name}" for p, name in names.items()}
+        return lambda params: kernels
 
 
 def build(
@@ -233,9 +246,17 @@ def build(
 
 
 def _optimizer_and_schedule(
-    settings: Settings, mesh: Mesh, hyperparams: TracedHyperparams | None = None
+    settings: Settings,
+    mesh: Mesh,
+    hyperparams: TracedHyperparams | None = None,
+    view: Callable[[Any], Any] | None = None,
 ):
     optimizer, regularizer = dict(settings.optimizer), dict(settings.regularizer)
+    constraint = None if settings.constraint is None else dict(settings.constraint)
+    reading = {"soap": optimizer, "ortho": regularizer, None: constraint}
+    for name, section in reading.items():
+        if view and section is not None and section.get("name") == name:
+            section["view"] = section.get("view") or view
     if hyperparams is not None:
         optimizer["learning_rate"] = hyperparams.learning_rate
         if "coefficient" in regularizer:
@@ -244,7 +265,7 @@ def _optimizer_and_schedule(
         optimizer=optimizer,
         schedule=settings.schedule,
         regularizer=regularizer,
-        constraint=settings.constraint,
+        constraint=constraint,
         steps=settings.steps,
         clip_grad_norm=settings.clip_grad_norm,
         mesh=mesh,

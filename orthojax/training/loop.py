@@ -53,7 +53,10 @@ class Trainer:
         self._pending: list[dict[str, jax.Array]] = []
         self._trained_images = 0
         self._training_seconds = 0.0
-        self._observe = jax.jit(observe, out_shardings=replicated(experiment.mesh))
+        self._observe = jax.jit(
+            lambda params, opt_state: observe(params, opt_state, experiment.view),
+            out_shardings=replicated(experiment.mesh),
+        )
         self.best = best
         self.evaluated: dict[str, dict[str, float]] = {}  # at the last evaluation, by split
         self.step = 0  # the last one that has been taken

@@ -11,13 +11,14 @@ from orthojax.sites import weights_only
 from orthojax.sites.modulation import find_state
 
 
-def observe(params: Any, opt_state: Any) -> dict[str, Any]:
+def observe(params: Any, opt_state: Any, view: Any = None) -> dict[str, Any]:
     """Figures of the layers of a `ConvNet`; can be called under `jax.jit`.
 
     Args:
       params: parameters of the net.
       opt_state: of its optimizer; with `orthojax.modulation` in it, also one whose tolerance is
         infinite, it holds what the sites measured.
+      view: of the kernels, see `orthojax.optax_ortho`.
 
     Returns:
       `correlation`: Eq. 8 as printed (see `orthojax.mean_correlation`); `correlation_off_diagonal`
@@ -27,11 +28,11 @@ def observe(params: Any, opt_state: Any) -> dict[str, Any]:
       there, lists from the images to the logits.
     """
     params = weights_only(params)
-    errors = orthonormality_error(params).values()
+    errors = orthonormality_error(params, view=view).values()
     found = {
-        "correlation": mean_correlation(params),
-        "correlation_off_diagonal": mean_correlation(params, diagonal=False),
-        "correlation_absolute": mean_correlation(params, diagonal=False, absolute=True),
+        "correlation": mean_correlation(params, view=view),
+        "correlation_off_diagonal": mean_correlation(params, diagonal=False, view=view),
+        "correlation_absolute": mean_correlation(params, diagonal=False, absolute=True, view=view),
         "orthonormality_error": jax.numpy.max(jax.numpy.stack(list(errors))),
     }
     state = find_state(opt_state)

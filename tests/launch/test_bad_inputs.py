@@ -49,7 +49,7 @@ BAD_VALUES = {
     "dtype": (*NO_NAME, "float64", "int32", "bool", "complex64"),
     **dict.fromkeys(("model.name", "model.kernel_init", "model.remat", "dataset.name"), NO_NAME),
     **dict.fromkeys(("optimizer.name", "schedule.name", "regularizer.name"), NO_NAME),
-    **dict.fromkeys(("regularizer.variant", "regularizer.grouping"), NO_NAME),
+    "regularizer.grouping": NO_NAME,
     "regularizer.mask": ("a", "3", "('a',)", "{'kernel': 1}"),
     "regularizer.view": ("a", "3"),
     "dataset.train_split": ("nonsense", "''", "train[:0]", "train[", "train[50%:50%]", "None", "3"),

@@ -12,7 +12,6 @@ from orthojax.errors import ConfigError
 from orthojax.initializers import delta_orthonormal, orthonormal
 from orthojax.matrices import default_axes
 from orthojax.ortho import (
-    VARIANTS,
     OrthoState,
     decoupled_ortho,
     mean_correlation,
@@ -220,7 +219,6 @@ def test_a_mask_that_is_a_tree_and_can_be_called():
         ({"coefficient": -1e-4}, "coefficient=-0.0001"),
         ({"coefficient": float("nan")}, "coefficient=nan"),
         ({"coefficient": "1e-4"}, "coefficient='1e-4'"),
-        ({"variant": "frobenious"}, "variant='frobenious'.*frobenius"),
         ({"grouping": "floor"}, "grouping='floor'.*ceil"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -247,15 +245,14 @@ def test_nothing_to_penalize():
     assert_close(updates["dense"], penalty_gradient(params, 0.1)["dense"])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(0, 8), (8, 0), (3, 3, 0, 8), (3, 3, 4, 0)], ids=str)
-def test_kernels_without_elements_are_left_alone(variant, shape):
+def test_kernels_without_elements_are_left_alone(shape):
     params = {"empty": {"kernel": jnp.ones(shape)}, "full": {"kernel": 2 * jnp.eye(3)}}
-    updates, _ = apply(optax_ortho(0.1, variant=variant), params, params)
+    updates, _ = apply(optax_ortho(0.1), params, params)
     assert updates["empty"]["kernel"].shape == shape
     only = {"kernel": jnp.ones(shape)}
-    assert apply(optax_ortho(0.1, variant=variant), only, only)[0]["kernel"].shape == shape
-    assert ortho_penalty(only, variant=variant) == 0
+    assert apply(optax_ortho(0.1), only, only)[0]["kernel"].shape == shape
+    assert ortho_penalty(only) == 0
 
 
 @pytest.mark.parametrize("shape", [(64, 10007), (64, 9984), (512, 50257)])
@@ -268,8 +265,7 @@ def test_programs_do_not_grow_with_the_kernel(shape, grouping):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_without_promotion_of_ranks_and_dtypes(variant, dtype):
+def test_without_promotion_of_ranks_and_dtypes(dtype):
     """As Flax's, Equinox's and JAX's own tests run. What is promoted is seen while tracing."""
 
     def everything(key):
@@ -280,10 +276,10 @@ def test_without_promotion_of_ranks_and_dtypes(variant, dtype):
         }
         updates, numbers = params, []
         for coefficient in (0.1, jnp.float32(0.1), optax.linear_schedule(0.0, 0.1, 3)):
-            ortho = optax_ortho(coefficient, variant=variant)
+            ortho = optax_ortho(coefficient)
             updates, _ = ortho.update(updates, ortho.init(params), params)
             if not callable(coefficient):
-                numbers.append(ortho_penalty(params, coefficient, variant=variant))
+                numbers.append(ortho_penalty(params, coefficient))
         numbers.append(mean_correlation(params))
         numbers.append(orthonormality_error(params))
         methods = ("newton_schulz", "svd")

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 import orthojax
 from orthojax.commands import overrides
 from orthojax.configs import digits_plain110
+from orthojax.describe import describe
 from orthojax.errors import ConfigError
 from orthojax.sites import SITE
 from orthojax.sites.modulation import find_state
@@ -46,6 +47,25 @@ class Linear(nn.Module):
         del train
         x = nn.relu(nn.Dense(16)(images.reshape(len(images), -1)))
         return nn.Dense(self.classes)(x)
+
+
+class Attention(nn.Module):
+    """Kernels that their shapes do not tell, in a stack, and a parameter that is no layer's."""
+
+    num_classes: int = 3
+
+    @nn.compact
+    def __call__(self, images, train):
+        x = images.reshape(len(images), 8, 8)
+        x = x + self.param("position", nn.initializers.zeros, (8, 8))
+        heads = nn.vmap(
+            nn.MultiHeadDotProductAttention,
+            in_axes=None,
+            axis_size=2,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
+        return nn.Dense(self.num_classes)(heads(num_heads=2, name="heads")(x).mean((0, 2)))
 
 
 class Sideways(nn.Module):
@@ -103,6 +123,23 @@ def test_every_layer_but_the_last_is_modulated():
     paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(state.params)]
     assert sum(SITE in path for path in paths) == 3
     assert len(jax.tree.leaves(find_state(state.opt_state).sites)) == 3
+
+
+@pytest.mark.parametrize("section", ["regularizer", "constraint", "optimizer"])
+def test_its_layers_say_what_their_kernels_are(section):
+    config = config_of("Attention", modulated=False)
+    with config.ignore_type():
+        config.regularizer = {"name": "ortho" if section == "regularizer" else "none"}
+        if section == "constraint":
+            config.constraint = {}
+        if section == "optimizer":
+            config.optimizer = {"name": "soap", "learning_rate": 0.01}
+    experiment = build(config)
+    params = abstract_state(experiment).params
+    kernels = {row.path: row.blocks for row in describe(params, view=experiment.view).rows}
+    assert kernels.pop("position") == 0 and kernels["Dense_0/kernel"] == 1
+    heads = {f"heads/{name}/kernel": 2 for name in ("query", "key", "value", "out")}
+    assert heads.items() < kernels.items()
 
 
 def test_the_command_line_takes_its_name_and_its_arguments():
