@@ -32,9 +32,9 @@ def report(options, results):
     """Accuracy against depth."""
     found = {(f"{d:,}", f"{config(d).model.bn_bias:g}"): runs for d, runs in results.items()}
     headings = ["layers", "BN bias", "learning rate", "test accuracy (%)", TIME, "n"]
-    picture = draw(against_depth({"near-isometric": results}))
     table = arms_table(headings, found, **{TIME: _seconds})
-    write_report(options, __doc__, table, pictures={"depth": picture})
+    drawn = {(depth, "near-isometric"): records for depth, records in results.items()}
+    write_report(options, __doc__, table, pictures={"depth": draw(against_depth(drawn))})
 
 
 def _seconds(records):

@@ -74,11 +74,11 @@ def jobs(options):
     for name in dict.fromkeys(sum(_panels(options).values(), ())):
         few = name.startswith("imagenet") and options.preset == "cpu"
         seeds = options.seeds[:1] if few else options.seeds
-        found[name] = over_seeds(config(options, name), _runs(options) / name, seeds)
+        found[name] = over_seeds(config(options, name), shared_runs(options) / name, seeds)
     return found
 
 
-def _runs(options):
+def shared_runs(options):
     """The directory that the runs of all figures are in."""
     return options.workdir.parent / f"curves_{options.preset}"
 
@@ -113,17 +113,17 @@ def report(options, results):
     found, *tables = draw_figure(options, panels)
     pictures = found if isinstance(found, dict) else {options.name: found}
     text = f"{inspect.getdoc(draw_figure)}\n\n{PROTOCOL}"
-    write_report(options, text, *tables, pictures=pictures, runs=_runs(options))
+    write_report(options, text, *tables, pictures=pictures, runs=shared_runs(options))
 
 
-def _layers(nets):
+def _layers(nets, first_step=0):
     """Net, seed and what each run has measured in its layers, from the images to the logits."""
-    return [
-        (net, seed, layers)
-        for net, records in nets.items()
-        for seed, record in enumerate(records)
-        if (layers := [m for m in read_metrics(record["workdir"]) if m["kind"] == "layers"])
-    ]
+    found = []
+    for net, seed, record in ((n, seed, r) for n, rs in nets.items() for seed, r in enumerate(rs)):
+        measured = read_metrics(record["workdir"])
+        layers = [m for m in measured if m["kind"] == "layers" and m["step"] >= first_step]
+        found += [(net, seed, layers)] if layers else []
+    return found
 
 
 def _figure2(options, panels):
@@ -153,11 +153,10 @@ def _figure3(options, panels):
     iterations, and ten times larger with orthonormality.
     """
     whole, enlarged, rows = [], [], []
-    for net, seed, layers in _layers(panels[""]):
-        steps = [m["step"] for m in layers if m["step"] >= 5]
-        moments = [m["second_moment"] for m in layers if m["step"] >= 5]
-        ratios = [moment[0] / moment[-1] for moment in moments]
-        half = sum(step <= steps[-1] / 2 for step in steps)
+    for net, seed, layers in _layers(panels[""], first_step=5):
+        steps = [m["step"] for m in layers]
+        ratios = [m["second_moment"][0] / m["second_moment"][-1] for m in layers]
+        half = sum(step <= steps[-1] / 2 for step in steps) or 1
         whole.append(Line(net, steps, ratios))
         enlarged.append(Line(net, steps[:half], ratios[:half]))
         parts = (ratios[:half], ratios[-20:])

@@ -15,7 +15,7 @@ from orthojax.experiments.sweep import tuned
 
 DEPTHS = (44, 110)
 METHODS = {"near_isometric": "plain, isometric", "residual": "residual, He + L2"}
-# Data -> changes of a config of CIFAR-10, and where the search begins, by default at its own rate.
+# Data -> changes of a config of CIFAR-10, and where the search begins; None: at the config's rate.
 CIFAR10 = {"cifar10": ({}, None), "cifar10 clipped": (arms.CLIPPED, 0.1)}
 
 
@@ -29,7 +29,7 @@ def jobs(options):
         found[name, method, depth] = tuned(
             config,
             *options.arm(name, f"{method}{depth}"),
-            start=start or config.optimizer.learning_rate,
+            start=start,
             search_steps=steps * (2 if (method, depth) == ("residual", 110) else 1),
         )
     for depth, method in itertools.product(DEPTHS, METHODS):
@@ -51,4 +51,5 @@ def report(options, results):
         cells = accuracy_at(plain), accuracy_at(residual), spread(gaps, "+"), len(gaps)
         rows.append([data, depth, *cells])
     written = table(["data", "layers", *METHODS.values(), "gap", "n"], rows)
-    write_report(options, __doc__, written, pictures={"gap": bars({"": pairs})})
+    pictures = {"gap": bars({"": pairs})} if pairs else {}
+    write_report(options, __doc__, written, pictures=pictures)

@@ -19,7 +19,6 @@ from orthojax.experiments import arms
 from orthojax.experiments.report import CELLS, arms_table, write_report
 from orthojax.experiments.sweep import over_seeds, tuned
 
-STEPS = 600
 KERNELS = {1.0: "Flax's default, 1 / fan-in", 2.0: "He's, 2 / fan-in"}
 SGD = {"optimizer": {"name": "sgd", "learning_rate": 0.05, "momentum": 0.9}}
 # Name -> changes of an unmodulated net; the search for a rate begins at the optimizer's.
@@ -51,17 +50,12 @@ PRECISIONS = {
 def _vgg(kernel_scale, means):
     vgg = {"model": {"name": "experiments.vgg:Vgg", "kernel_scale": kernel_scale}}
     common = {**vgg, **arms.NO_REGULARIZER, **arms.UNMODULATED, "clip_grad_norm": 1.0}
-    return arms.digits(44, "near_isometric", common, MEANS[means], steps=STEPS)
+    return arms.digits(44, "near_isometric", common, MEANS[means], steps=600)
 
 
 def _plain(net, precision):
     start, steps = NETS[net]
-    common = {
-        **arms.CLIPPED,
-        **arms.UNMODULATED,
-        "loss_scale": None,
-        "optimizer.learning_rate": 0.05,
-    }
+    common = {**SGD, **arms.CLIPPED, **arms.UNMODULATED, "loss_scale": None}
     return arms.digits(net[1], "near_isometric", common, start, PRECISIONS[precision], steps=steps)
 
 
@@ -70,8 +64,7 @@ def jobs(options):
     found = {}
     for scale, means in itertools.product(KERNELS, MEANS):
         made, place = _vgg(scale, means), options.arm("vgg", f"{scale:g}", means)
-        start = made.optimizer.learning_rate
-        found["kernels", scale, means] = tuned(made, *place, start=start)
+        found["kernels", scale, means] = tuned(made, *place)
     for net, precision in itertools.product(NETS, PRECISIONS):
         made, place = _plain(net, precision), options.arm(*net, precision)
         found["precision", net, precision] = over_seeds(made, *place)

@@ -84,5 +84,5 @@ def report(options, results):
 
 
 def _on_training(records):
-    means = [statistics.fmean(curve(record, "train")[1][-8:]) for record in records]
-    return ", ".join(f"{value:.1f}" for value in means)
+    ends = [values[-8:] for _, values in (curve(record, "train") for record in records)]
+    return ", ".join(f"{statistics.fmean(end):.1f}" for end in ends if end)

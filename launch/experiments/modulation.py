@@ -74,9 +74,6 @@ def report(options, results):
         (depth, f"{ISOMETRIC_STEPS if arm in ISOMETRIC else STEPS[depth]:,}", arm): records
         for (depth, arm), records in sorted(results.items(), key=lambda item: item[0][0])
     }
-    drawn = {
-        arm: {depth: results[depth, arm] for depth in STEPS if (depth, arm) in results}
-        for arm in MAIN
-    }
+    drawn = {arm: records for arm, records in results.items() if arm[1] in MAIN}
     table = arms_table(["layers", "steps", "arm", *CELLS], ordered)
     write_report(options, __doc__, table, pictures={"modulation": draw(against_depth(drawn))})

@@ -153,16 +153,15 @@ def draw(*panels, width=4.5, sharey=False):
 
 
 def against_depth(arms):
-    """A panel for `draw`: the means of `label -> depth -> records`, and a dot for every run."""
-    lines = []
-    for label, found in arms.items():
-        values = {depth: percent(records) for depth, records in found.items()}
-        lines.append(Line(label, list(values), [*map(statistics.fmean, values.values())]))
-        lines += [Line(label, [depth] * len(v), v, POINTS) for depth, v in values.items()]
-    depths = sorted({depth for found in arms.values() for depth in found})
-    names = {"xlabel": "layers", "ylabel": "test accuracy (%)", "ylim": (0, 101)}
+    """A panel for `draw`: of `(depth, label) -> records` the means, and a dot for every run."""
+    lines, depths = [], sorted({depth for depth, _ in arms})
+    for name in dict.fromkeys(name for _, name in sorted(arms, key=lambda arm: -arm[0])):
+        values = {depth: percent(arms[depth, name]) for depth in depths if (depth, name) in arms}
+        lines.append(Line(name, list(values), [*map(statistics.fmean, values.values())]))
+        lines += [Line(name, [depth] * len(v), v, POINTS) for depth, v in values.items()]
     ticks = {"xticks": depths, "xticklabels": [f"{depth:,}" for depth in depths]}
-    return lines, {"xscale": "log", **ticks, **names}
+    axes = {"xlabel": "layers", "ylabel": "test accuracy (%)", "ylim": (0, 101)}
+    return lines, {"xscale": "log", **ticks, **axes}
 
 
 def bars(panels, ticks=None):
@@ -212,7 +211,9 @@ def save_picture(options, name, picture):
     return f"![{name}]({name}.png)"
 
 
-def write_report(options, text, *tables, pictures=None, results=None, curves=None, **files):
+def write_report(
+    options, text, *tables, pictures=None, results=None, curves=None, runs=None, records=None
+):
     """Writes report.md, records.jsonl and the pictures, each as PNG and SVG, into the workdir.
 
     Args:
@@ -223,10 +224,11 @@ def write_report(options, text, *tables, pictures=None, results=None, curves=Non
       results: the records of every arm, of which the curves are.
       curves: name -> place, see `curve`: what pictures are drawn of, to four digits, for
         curves.jsonl.
-      **files: `runs`, the directory that the runs are in, if it is not the workdir; `records`,
-        dictionaries, in the place of those of all runs, those of searches too.
+      runs: the directory that the runs are in; None is the workdir.
+      records: dictionaries, of what trains nothing; None is the records of all runs, those of
+        searches too.
     """
-    workdir = options.workdir
+    workdir, runs = options.workdir, runs or options.workdir
     workdir.mkdir(parents=True, exist_ok=True)
     heading, *paragraphs = inspect.cleandoc(text).split("\n\n")
     facts = {**environment(), "preset": options.preset, "seeds": ", ".join(map(str, options.seeds))}
@@ -236,8 +238,7 @@ def write_report(options, text, *tables, pictures=None, results=None, curves=Non
     parts += [*tables, *(" ".join(paragraph.split()) for paragraph in paragraphs)]
     written = "\n\n".join([*parts, ""])
     write_atomic(workdir / "report.md", written.encode(errors="backslashreplace"))
-    runs = files.get("runs", workdir)
-    _write_lines(workdir / "records.jsonl", files.get("records") or _records(runs))
+    _write_lines(workdir / "records.jsonl", _records(runs) if records is None else records)
     if curves:
         lines = []
         for name, place in curves.items():

@@ -75,9 +75,7 @@ def jobs(options):
     for dataset in BENCHES if options.data_dir else ("digits",):
         for depth, arm in itertools.product(BENCHES[dataset][0], ARMS):
             made = config(options, dataset, depth, arm)
-            found[dataset, depth, arm] = tuned(
-                made, *options.arm(dataset, arm, depth), start=made.optimizer.learning_rate
-            )
+            found[dataset, depth, arm] = tuned(made, *options.arm(dataset, arm, depth))
     return found
 
 
@@ -90,13 +88,8 @@ def report(options, results):
     ordered = {arm: results[arm] for arm in sorted(results, key=order)}
     pictures = {}
     for dataset in dict.fromkeys(dataset for dataset, _, _ in ordered):
-        depths = list(dict.fromkeys(depth for name, depth, _ in ordered if name == dataset))
-        arms_of = [arm for name, depth, arm in ordered if (name, depth) == (dataset, depths[-1])]
-        drawn = {
-            arm: {d: results[dataset, d, arm] for d in depths if (dataset, d, arm) in results}
-            for arm in arms_of
-        }
-        if len(depths) > 1:  # a line needs two points
-            pictures[f"rivals_{dataset}"] = draw(against_depth(drawn), width=7.5)
+        found = {arm[1:]: records for arm, records in ordered.items() if arm[0] == dataset}
+        if len({depth for depth, _ in found}) > 1:  # a line needs two points
+            pictures[f"rivals_{dataset}"] = draw(against_depth(found), width=7.5)
     table = arms_table(["data", "layers", "arm", *CELLS], ordered)
     write_report(options, __doc__, table, pictures=pictures)

@@ -237,7 +237,7 @@ def tuned(
     directory: pathlib.Path,
     seeds: Sequence[int],
     *,
-    start: float,
+    start: float | None = None,
     rates: Sequence[float] = LADDER,
     search_steps: int | None = None,
 ) -> Job:
@@ -251,7 +251,7 @@ def tuned(
       config: its seed and learning rate are replaced; or a function that makes it for a rate.
       directory: of the runs.
       seeds: at least one.
-      start: one of the rates.
+      start: one of the rates; None is that of the config.
       rates: the ladder, in ascending order.
       search_steps: length of the runs of the search; None is the whole length, and then the first
         seed is not trained again.
@@ -270,7 +270,7 @@ def tuned(
         search.steps = search_steps or search.steps
         return run_at(search, directory, seeds[0])
 
-    best = yield from climb(run, start, rates)
+    best = yield from climb(run, start or config.optimizer.learning_rate, rates)
     return (yield from over_seeds(at(best), directory, seeds))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from orthojax.benchmarks.environment import commit
 from orthojax.commands.reproduce import AGAINST, BEYOND, FIGURES, Options, load
 from orthojax.configs import cifar10_plain
 from orthojax.errors import UserError
@@ -110,11 +111,11 @@ def test_soap_searches_the_kernels_rate_and_then_that_of_the_rest(options):
     }
 
 
-def trained(workdir, accuracy=0.5, diverged=None, **more):
-    """The record of a run, whose measurements are in the directory."""
+def trained(workdir, accuracy=0.5, diverged=None, measured=15, **more):
+    """The record of a run, which has measured so often what is in its directory."""
     workdir.mkdir(parents=True)
     with MetricWriter(workdir) as writer:
-        for step in range(40, 240 if diverged else 640, 40):
+        for step in range(40, 40 + 40 * measured, 40):
             writer.write(step, "train", accuracy=step / 1000, loss=1.0)
             moments = [2.0 ** (layer - 42) for layer in range(43)]
             layers = dict.fromkeys(figures.CORRELATIONS, 0.25) | {"second_moment": moments}
@@ -150,20 +151,21 @@ def test_reports_hold_every_arm_its_spread_and_what_diverged(
 ):
     monkeypatch.setattr(figures, "first_kernel", lambda workdir: np.ones((3, 3, 3, 8)))
     told = options(experiment)
-    runs = figures._runs(told) if experiment in FIGURES else told.workdir
+    runs = figures.shared_runs(told) if experiment in FIGURES else told.workdir
     results = {}
     for index, (name, job) in enumerate(list(load(experiment).jobs(told).items())[:20]):
         more = {"rest_rate": 0.1, "steps": next(job).config.steps}
-        diverged = "at step 250" if index == 1 else None
-        results[name] = [
-            trained(runs / f"{index}" / f"{k}", 0.5 + k / 25, diverged, **more) for k in range(2)
-        ]
+        for k, accuracy in enumerate((0.5, 0.54)):
+            if index == 1:
+                more |= {"diverged": "at step 50", "measured": k}
+            run = trained(runs / f"{index}" / f"{k}", accuracy, **more)
+            results.setdefault(name, []).append(run)
     write_json_atomic(runs / "0" / "0" / "record.json", {"seed": 0})
     load(experiment).report(told, results)
     text = (told.workdir / "report.md").read_text()
     assert text.count(CELLS[experiment]) >= len(results) - 1
     assert "diverged" in text or experiment in ("figure2", "figure3", "figure4", "figure6")
-    assert "# " in text and "commit: " in text and "seeds: 0, 1" in text
+    assert "seeds: 0, 1" in text and commit() in text
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert pictures or experiment in ("mnist", "hard_cases")
     for picture in (told.workdir / name for name in pictures):
