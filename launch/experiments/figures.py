@@ -187,7 +187,7 @@ def _figure4(options, panels):
             rows.append([net, step, *(f"{profile[at]:.2g}" for at in (0, len(profile) // 2))])
         axes = {"title": net, "xlabel": "layer", "ylabel": "relative to the last"}
         drawn.append((lines, {**axes, "yscale": "log"}))
-    return draw(*drawn), table(["net", "step", "first layer", "middle layer"], rows)
+    return draw(*drawn, sharey=True), table(["net", "step", "first layer", "middle layer"], rows)
 
 
 def _figure5(options, panels):

@@ -62,22 +62,21 @@ def report(options, results):
     for (method, depth), records in results.items():
         panels[depth][METHODS[method][0]] = records
     marked, thin = {"marker": "o", "markersize": 3}, {"linewidth": 0.6, "alpha": 0.6}
-    picture = draw(
-        *(
-            (
-                lines_of(nets, "test", **marked) + lines_of(nets, "train", **thin),
-                {"title": f"{depth} layers", "xlabel": "training step", "ylabel": "accuracy (%)"},
-            )
-            for depth, nets in panels.items()
+    axes = {"xlabel": "training step", "ylabel": "accuracy (%)"}
+    drawn = [
+        (
+            lines_of(nets, "test", **marked) + lines_of(nets, "train", **thin),
+            {"title": f"{depth} layers", **axes},
         )
-    )
+        for depth, nets in panels.items()
+    ]
     found = {(depth, net): runs for depth, nets in panels.items() for net, runs in nets.items()}
     headings = ["layers", "net", "learning rate", "test accuracy (%)", ON_TRAINING, "n"]
     write_report(
         options,
         __doc__,
         arms_table(headings, found, **{ON_TRAINING: _on_training}),
-        pictures={"long_run": picture},
+        pictures={"long_run": draw(*drawn, sharey=True)},
         results=results,
         curves={"train": ("train",), "test": ("test",)},
     )

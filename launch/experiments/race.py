@@ -144,4 +144,4 @@ def _draw(title, found):
             step = seconds / records[0]["steps"]
             by_time += [line._replace(x=[step * at for at in line.x]) for line in lines]
     named = {"xlabel": "step", "ylabel": "test accuracy (%)", "title": title}
-    return draw((by_step, named), (by_time, {"xlabel": "CPU seconds"}))
+    return draw((by_step, named), (by_time, {"xlabel": "CPU seconds"}), sharey=True)
