@@ -129,7 +129,7 @@ def _median_seconds(records):
 
 def _seconds(records):
     seconds = _median_seconds(records)
-    return f"{seconds:,.0f}" if seconds else ""
+    return "" if seconds is None else f"{seconds:,.0f}"
 
 
 def _draw(title, found):
