@@ -11,8 +11,8 @@ import sys
 
 from orthojax.commands.command_line import exit_status
 from orthojax.errors import UserError
-from orthojax.experiments.filters import draw_filters, first_kernel
-from orthojax.pictures.picture import check_picture
+from orthojax.experiments.filters import first_kernel, picture_of_filters
+from orthojax.pictures.picture import check_picture, write_picture
 from orthojax.storage.paths import to_path
 
 
@@ -38,7 +38,7 @@ def draw(options):
         if not equals:
             raise UserError(f"{argument!r} is not TITLE=WORKDIR")
         kernels[title] = first_kernel(to_path(workdir), options.own_net)
-    draw_filters(kernels, options.picture)
+    write_picture(picture_of_filters(kernels), options.picture)
 
 
 if __name__ == "__main__":

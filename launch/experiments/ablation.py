@@ -1,19 +1,20 @@
-"""What of the recipe matters: one factor at a time, each arm at a learning rate of its own."""
+"""What matters: one factor of the recipe at a time, each arm at a learning rate of its own.
+
+150 steps of 128 images, width 8; the recipe is `method=near_isometric`. One factor is varied at a
+time, except for BN bias and kernel, which are crossed. Each arm has the learning rate with the
+smallest training loss of the first seed.
+"""
 
 import itertools
-import statistics
 
-from orthojax.experiments.arms import LADDER, cifar10, digits
-from orthojax.experiments.report import accuracy, save_picture, table, write_report
+from orthojax.experiments import arms
+from orthojax.experiments.report import arms_table, bars, save_picture, write_report
 from orthojax.experiments.sweep import over_seeds, tuned
-from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
-TITLE = "What matters: one factor at a time"
 STEPS = 150
 HIGH_RATE = 0.02
 # A growth of 130, where the search began; that of the configs, which came out of it, is 6.8.
 CIFAR10_BIAS = {44: 1.0, 110: 1.55}
-
 # (data set, depth) -> where the search for a rate begins, and the factors; cost decides which.
 BENCHES = {
     ("digits", 20): (0.02, ("bias alone", "rest")),
@@ -25,164 +26,86 @@ BENCHES = {
 }
 
 
-def bias_and_kernel(config):
-    """BN bias at initialization, the recipe's solved one among them, for both kernels."""
-    for kernel, bias in itertools.product(
-        ("delta_orthonormal", "orthonormal"), (0.0, 0.5, 1.0, config.model.bn_bias, 2.0)
-    ):
-        yield f"{kernel}, bias {bias:g}", {"model.kernel_init": kernel, "model.bn_bias": bias}
-
-
-def regularizer(config):
-    """None, L2, and the orthonormality penalty over four decades."""
-    del config
-    yield "none", {"regularizer": {"name": "none"}}
-    yield "L2 1e-4", {"regularizer": {"name": "l2", "coefficient": 1e-4}}
-    for coefficient in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1):
-        yield f"ortho {coefficient:g}", {"regularizer.coefficient": coefficient}
-
-
-def modulation(config):
-    """When, and from what mismatch on."""
-    yield "always", {}
-    yield "off", {"modulation": None}
-    yield "first 10 %", {"modulation.steps": config.steps // 10}
-    yield "tolerance 1", {"modulation.tolerance": 1.0}
-    yield "tolerance 10,000", {"modulation.tolerance": 1e4}
-
-
-def bias_alone(config):
-    """BN bias at initialization, delta-orthonormal kernels."""
-    del config
-    for bias in (0.0, 0.5, 1.0, 1.5, 2.0):
-        yield f"bias {bias:g}", {"model.bn_bias": bias}
-
-
-def rest(config):
-    """The extremes of regularizer and modulation."""
-    del config
-    yield "recipe", {}
-    yield "no regularizer", {"regularizer": {"name": "none"}}
-    yield "L2 1e-4", {"regularizer": {"name": "l2", "coefficient": 1e-4}}
-    yield "ortho 1e-2", {"regularizer.coefficient": 1e-2}
-    yield "modulation off", {"modulation": None}
-
-
-def extremes(config):
-    """The recipe, without each of its parts, and with a bias of 2: where a run is dear."""
-    del config
-    yield "recipe", {}
-    yield "bias 0", {"model.bn_bias": 0.0}
-    yield "bias 2", {"model.bn_bias": 2.0}
-    yield "no regularizer", {"regularizer": {"name": "none"}}
-    yield "modulation off", {"modulation": None}
-
-
-FACTORS = {
-    "bias": bias_and_kernel,
-    "regularizer": regularizer,
-    "modulation": modulation,
-    "bias alone": bias_alone,
-    "rest": rest,
-    "extremes": extremes,
-}
-
-
-def the_recipe(options, dataset, depth):
-    """The config that the arms of a data set and depth are changes of."""
-    if dataset == "digits":
-        return digits(depth, "near_isometric", STEPS)
-    config = cifar10(depth, "near_isometric", "cpu", options.data_dir)
-    config.steps = config.eval_every = config.checkpoint_every = STEPS
-    config.model.bn_bias = CIFAR10_BIAS[depth]
-    return config
-
-
-def at_a_high_rate(options):
-    """Modulation at 110 layers at four times the rate that is best there, every seed."""
-    levels = {
-        "always": ("recipe", {}),
-        "off": ("rest=modulation_off", {"modulation": None}),
-        "first 10 %": ("first", {"modulation.steps": STEPS // 10}),
+def factors(recipe_bias):
+    """Factor -> level -> changes of the recipe, whose own BN bias is among those tried."""
+    return {
+        "bias": {
+            f"{kernel}, bias {bias:g}": {"model.kernel_init": kernel, "model.bn_bias": bias}
+            for kernel in ("delta_orthonormal", "orthonormal")
+            for bias in (0.0, 0.5, 1.0, recipe_bias, 2.0)
+        },
+        "bias alone": {
+            f"bias {bias:g}": {"model.bn_bias": bias} for bias in (0.0, 0.5, 1.0, 1.5, 2.0)
+        },
+        "regularizer": {
+            "none": arms.NO_REGULARIZER,
+            "L2 1e-4": arms.L2,
+            **{
+                f"ortho {coefficient:g}": {"regularizer.coefficient": coefficient}
+                for coefficient in (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+            },
+        },
+        "modulation": {
+            "always": {},
+            "off": arms.UNMODULATED,
+            "first 10 %": {"modulation.steps": STEPS // 10},
+            "tolerance 1": {"modulation.tolerance": 1.0},
+            "tolerance 10,000": {"modulation.tolerance": 1e4},
+        },
+        "rest": {
+            "recipe": {},
+            "no regularizer": arms.NO_REGULARIZER,
+            "L2 1e-4": arms.L2,
+            "ortho 1e-2": {"regularizer.coefficient": 1e-2},
+            "modulation off": arms.UNMODULATED,
+        },
+        "extremes": {
+            "recipe": {},
+            "bias 0": {"model.bn_bias": 0.0},
+            "bias 2": {"model.bn_bias": 2.0},
+            "no regularizer": arms.NO_REGULARIZER,
+            "modulation off": arms.UNMODULATED,
+        },
     }
-    found = {}
-    for level, (name, changes) in levels.items():
-        config = changed(digits(110, "near_isometric", STEPS), changes)
-        config.optimizer.learning_rate = HIGH_RATE
-        directory = options.workdir / "digits_110" / name
-        factor = f"modulation at rate {HIGH_RATE:g}"
-        found["digits", 110, factor, level] = over_seeds(config, directory, options.seeds)
-    return found
 
 
-def changed(recipe, changes):
-    """A copy of a config with `section.key` -> value set."""
-    config = recipe.copy_and_resolve_references()
-    with config.ignore_type():
-        for key, value in changes.items():
-            section, _, name = key.rpartition(".")
-            (config[section] if section else config)[name] = value
-    return config
+# Modulation at 110 layers at four times the rate that is best there: level -> directory, changes.
+AT_HIGH_RATE = {
+    "always": ("recipe", {}),
+    "off": ("rest=modulation_off", arms.UNMODULATED),
+    "first 10 %": ("first", {"modulation.steps": STEPS // 10}),
+}
 
 
 def jobs(options):
     """(data set, depth, factor, level) -> job; the recipe is a level of every factor, run once."""
-    found = at_a_high_rate(options)
-    for (dataset, depth), (start, factors) in BENCHES.items():
-        recipe = the_recipe(options, dataset, depth)
-        for factor in factors:
-            for level, changes in FACTORS[factor](recipe):
-                config = changed(recipe, changes)
-                name = f"{factor}={level}".replace(" ", "_")
-                name = "recipe" if config.to_json() == recipe.to_json() else name
-                directory = options.workdir / f"{dataset}_{depth}" / name
-                found[dataset, depth, factor, level] = tuned(
-                    config, directory, options.seeds, rates=LADDER, start=start
-                )
+    found = {}
+    for level, (name, changes) in AT_HIGH_RATE.items():
+        fast = {"optimizer.learning_rate": HIGH_RATE, **changes}
+        made = arms.near_isometric(options, "digits", 110, STEPS, fast)
+        factor = f"modulation at rate {HIGH_RATE:g}"
+        place = options.workdir / "digits_110" / name, options.seeds
+        found["digits", 110, factor, level] = over_seeds(made, *place)
+    for (dataset, depth), (start, names) in BENCHES.items():
+        bias = {"model.bn_bias": CIFAR10_BIAS[depth]} if dataset == "cifar10" else {}
+        recipe = arms.near_isometric(options, dataset, depth, STEPS, bias)
+        tables = factors(recipe.model.bn_bias)
+        for factor in names:
+            for level, changes in tables[factor].items():
+                made = arms.changed(recipe, changes)
+                name = f"{factor}={level}".replace(" ", "_") if made != recipe else "recipe"
+                place = options.workdir / f"{dataset}_{depth}" / name, options.seeds
+                found[dataset, depth, factor, level] = tuned(made, *place, start=start)
     return found
 
 
 def report(options, results):
     """A table and a picture for each factor of each data set and depth."""
-    parts, rows = [], {}
-    for (dataset, depth, factor, level), records in results.items():
-        rows.setdefault((dataset, depth, factor), []).append((level, records))
-    for (dataset, depth, factor), levels in rows.items():
-        cells = [
-            [
-                level,
-                accuracy(records),
-                f"{statistics.fmean(record['train_loss'] for record in records):.3f}",
-                f"{records[0]['learning_rate']:g}",
-                len(records),
-            ]
-            for level, records in levels
-        ]
-        headings = [factor, "test accuracy (%)", "training loss", "learning rate", "n"]
-        heading = f"{dataset}, {depth} layers: {factor}"
+    parts, columns = [], ("test accuracy (%)", "training loss", "learning rate", "n")
+    for (dataset, depth, factor), names in itertools.groupby(results, key=lambda arm: arm[:3]):
+        levels = {arm[3]: results[arm] for arm in names}
+        picture = bars({"": {level: {"": records} for level, records in levels.items()}})
         name = f"{dataset}_{depth}_{factor}".replace(" ", "_")
-        picture = save_picture(options, name, _draw(heading, levels))
-        parts += [f"## {heading}", table(headings, cells), picture]
-    write_report(
-        options,
-        TITLE,
-        f"{STEPS} steps of 128 images, width 8; the recipe is `method=near_isometric`. One factor "
-        "is varied at a time, except for BN bias and kernel, which are crossed. Each arm has the "
-        "learning rate with the smallest training loss of the first seed.",
-        *parts,
-    )
-
-
-def _draw(heading, levels):
-    picture = new_picture(6, 0.6 + 0.3 * len(levels))
-    axes = picture.subplots()
-    for place, (_, records) in enumerate(levels):
-        values = [100 * record["test_accuracy"] for record in records]
-        axes.barh(place, statistics.fmean(values), color=COLORS[5])
-        axes.plot(values, [place] * len(values), "k.", markersize=4)
-    axes.set_yticks(range(len(levels)), [level for level, _ in levels])
-    axes.set(xlabel="test accuracy (%)", xlim=(0, 100))
-    axes.set_title(heading, fontsize=10)
-    axes.invert_yaxis()
-    clear_frame(axes)
-    return picture
+        table, shown = arms_table([factor, *columns], levels), save_picture(options, name, picture)
+        parts += [f"## {dataset}, {depth} layers: {factor}", table, shown]
+    write_report(options, __doc__, *parts)

@@ -1,19 +1,26 @@
-"""Appendix: the Jacobian of batch normalization over a batch, by autodiff, against Eq. 12 to 17."""
+"""Appendix: eigenvalues of the Jacobian of batch normalization, by autodiff and by Eq. 12 to 17.
+
+Eigenvalues relative to ρ, in float32; the largest deviation over the seeds. The paper argues that
+the two small ones vanish for large batches (Eq. 18); they do for any: `1` is an eigenvector of Eq.
+12 with the eigenvalue 0, because normalized activations add up to 0, and `x̂` one with
+`ε / (σ² + ε)`, because their squares add up to `m σ² / (σ² + ε)`. What grows with the batch is the
+share of the directions that keep their length, `1 - 2/m`.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from orthojax.experiments.report import table, write_report
+from orthojax.experiments.report import POINTS, Line, draw, table, write_report
 from orthojax.models import BatchNorm
-from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
-TITLE = "Appendix: eigenvalues of the Jacobian of batch normalization"
 BATCHES = (4, 8, 16, 32, 64, 128, 256, 512)
 EPSILON = 1e-5
 GAMMA = 1.5
+NORM = "‖JJᵀ/ρ² − I‖ / m^½"
 
 
+@jax.jit
 def jacobian(x):
     """dy/dx of one channel over a batch, (m, m), from the layer that the nets use."""
     norm = BatchNorm(use_running_average=False, epsilon=EPSILON)
@@ -75,34 +82,26 @@ def report(options, results):
         ]
         for m, records in found.items()
     ]
-    picture = new_picture(9, 3.6)
-    spectrum, error = picture.subplots(1, 2)
     x = jax.random.normal(jax.random.key(options.seeds[0]), (32,))
-    expected, rho = equation_12(x)
+    (expected, rho), ranks = equation_12(x), range(1, 33)
     values = np.linalg.eigvalsh(np.asarray(jacobian(x), np.float64)) / rho
-    spectrum.plot(range(1, 33), values, "o", color=COLORS[0], markersize=4, label="autodiff")
-    line = np.linalg.eigvalsh(expected) / rho
-    spectrum.plot(range(1, 33), line, color=COLORS[1], label="Eq. 12")
-    spectrum.set(title="batch of 32", xlabel="index", ylabel="eigenvalue / ρ")
+    spectrum = [
+        Line("autodiff", ranks, values, POINTS),
+        Line("Eq. 12", ranks, np.linalg.eigvalsh(expected) / rho),
+    ]
     means = [np.mean([r["quasi_isometry_error"] for r in found[m]]) for m in BATCHES]
-    error.plot(BATCHES, means, "o", color=COLORS[0], label="measured")
-    error.plot(BATCHES, np.sqrt(2 / np.array(BATCHES)), color=COLORS[1], label="(2 / m)^½")
-    error.set(title="quasi-isometry", xlabel="batch size m", ylabel="‖JJᵀ/ρ² − I‖ / m^½")
-    error.set(xscale="log", yscale="log")
-    for axes in (spectrum, error):
-        clear_frame(axes)
-        axes.legend(frameon=False)
-    headings = ["m", "autodiff - Eq. 12", "two smallest", "others - 1", "‖JJᵀ/ρ² − I‖ / m^½"]
+    error = [
+        Line("measured", BATCHES, means, POINTS),
+        Line("(2 / m)^½", BATCHES, np.sqrt(2 / np.array(BATCHES))),
+    ]
+    ranked = {"title": "batch of 32", "xlabel": "index", "ylabel": "eigenvalue / ρ"}
+    logarithmic = {"title": "quasi-isometry", "xlabel": "batch size m", "ylabel": NORM}
+    logarithmic |= {"xscale": "log", "yscale": "log"}
+    headings = ["m", "autodiff - Eq. 12", "two smallest", "others - 1", NORM]
     write_report(
         options,
-        TITLE,
+        __doc__,
         table([*headings, "(2 / m)^½"], rows),
-        "Eigenvalues relative to ρ, in float32; the largest deviation over the seeds. The paper "
-        "argues that the two small ones vanish for large batches (Eq. 18); they do for any: `1` "
-        "is an eigenvector of Eq. 12 with the eigenvalue 0, because normalized activations add up "
-        "to 0, and `x̂` one with `ε / (σ² + ε)`, because their squares add up to `m σ² / (σ² + ε)`. "
-        "What grows with the batch is the share of the directions that keep their length, "
-        "`1 - 2/m`.",
-        pictures={"appendix": picture},
+        pictures={"appendix": draw((spectrum, ranked), (error, logarithmic))},
         records=[record for records in found.values() for record in records],
     )

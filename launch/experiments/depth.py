@@ -1,60 +1,42 @@
-"""From 20 to 1,004 plain layers on the digits."""
+"""Depth: from 20 to 1,004 plain layers on the digits.
 
-import statistics
+300 steps of 128 images, width 8. Each depth has the learning rate of a ladder, two or three to a
+factor of ten, with the smallest training loss of the first seed after 100 steps. What compiling and
+memory cost is in `launch/benchmark.py`, the baseline in `table2`: SGD.
+"""
 
-from orthojax.experiments.arms import LADDER, digits
-from orthojax.experiments.report import accuracy, table, write_report
+from orthojax.experiments import arms
+from orthojax.experiments.report import against_depth, arms_table, draw, mean, write_report
 from orthojax.experiments.sweep import tuned
-from orthojax.pictures.picture import COLORS, clear_frame, new_picture
 
-TITLE = "Depth: plain nets on the digits"
-DEPTHS = (20, 44, 110, 302, 1004)
-SEARCH_STEPS = 100
+STARTS = {20: 0.005, 44: 0.005, 110: 0.005, 302: 0.005, 1004: 0.002}  # of the search, by depth
+TIME = "time of a run"
 
 
 def jobs(options):
-    """Each depth at a learning rate of its own. (The baseline is in `table2`: SGD.)"""
+    """Each depth at a learning rate of its own."""
     return {
         depth: tuned(
-            digits(depth, "near_isometric"),
-            options.workdir / f"isometric{depth}",
-            options.seeds,
-            rates=LADDER,
-            start=0.002 if depth > 302 else 0.005,
-            search_steps=SEARCH_STEPS,
+            config(depth), *options.arm(f"isometric{depth}"), start=start, search_steps=100
         )
-        for depth in DEPTHS
+        for depth, start in STARTS.items()
     }
 
 
+def config(depth):
+    """The recipe at a depth."""
+    return arms.digits(depth, "near_isometric")
+
+
 def report(options, results):
-    """Accuracy against depth. What compiling and memory cost is in `launch/benchmark.py`."""
-    rows = []
-    for depth, records in results.items():
-        seconds = [record["seconds"] for record in records if record["seconds"] is not None]
-        bias, rate = digits(depth, "near_isometric").model.bn_bias, records[0]["learning_rate"]
-        time = f"{statistics.fmean(seconds):.0f} s" if seconds else "-"
-        rows.append([f"{depth:,}", f"{bias:g}", f"{rate:g}", accuracy(records), time])
-    headings = ["layers", "BN bias", "learning rate", "test accuracy (%)", "time of a run"]
-    write_report(
-        options,
-        TITLE,
-        table(headings, rows),
-        f"300 steps of 128 images, width 8, n = {len(options.seeds)}. The learning rate is the one "
-        f"with the smallest training loss after {SEARCH_STEPS} steps.",
-        pictures={"depth": _draw(results)},
-    )
+    """Accuracy against depth."""
+    found = {(f"{d:,}", f"{config(d).model.bn_bias:g}"): runs for d, runs in results.items()}
+    headings = ["layers", "BN bias", "learning rate", "test accuracy (%)", TIME, "n"]
+    table = arms_table(headings, found, **{TIME: _seconds})
+    drawn = {(depth, "near-isometric"): records for depth, records in results.items()}
+    write_report(options, __doc__, table, pictures={"depth": draw(against_depth(drawn))})
 
 
-def _draw(results):
-    picture = new_picture(5, 3.6)
-    axes = picture.subplots()
-    values = {d: [100 * r["test_accuracy"] for r in records] for d, records in results.items()}
-    axes.plot(list(values), [statistics.fmean(v) for v in values.values()], color=COLORS[0])
-    for depth, points in values.items():
-        axes.plot([depth] * len(points), points, ".", color=COLORS[0])
-    axes.set(xscale="log", xlabel="layers", ylabel="test accuracy (%)", ylim=(0, 101))
-    axes.set_xticks(DEPTHS, [f"{depth:,}" for depth in DEPTHS])
-    axes.minorticks_off()
-    clear_frame(axes)
-    return picture
+def _seconds(records):
+    trained = [record for record in records if record["seconds"] is not None]
+    return f"{mean(trained, 'seconds'):.0f} s" if trained else "-"

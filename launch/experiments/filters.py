@@ -3,12 +3,13 @@
 import math
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from orthojax.errors import UserError
 from orthojax.inference import load_classifier
-from orthojax.pictures.picture import label, new_picture, write_picture
+from orthojax.pictures.picture import label, new_picture
 
 
 def tile_filters(kernel: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -45,20 +46,16 @@ def tile_filters(kernel: np.ndarray, columns: int | None = None) -> np.ndarray:
     return grid
 
 
-def draw_filters(kernels: Mapping[str, np.ndarray], path: str | os.PathLike) -> None:
-    """Draws the first-layer filters of several nets beside each other, as a PNG.
+def picture_of_filters(kernels: Mapping[str, np.ndarray]) -> Any:
+    """The first-layer filters of several nets beside each other, a matplotlib figure.
 
     Args:
       kernels: from a title to a kernel (H, W, C, M), C being 1 or 3.
-      path: the picture to write.
 
     Example:
-      >>> import tempfile
       >>> kernel = np.random.default_rng(0).normal(size=(7, 7, 3, 64))
-      >>> path = os.path.join(tempfile.mkdtemp(), "filters.png")
-      >>> draw_filters({"L2": kernel, "orthonormal": kernel}, path)
-      >>> os.path.exists(path)
-      True
+      >>> len(picture_of_filters({"L2": kernel, "orthonormal": kernel}).axes)
+      2
     """
     picture = new_picture(4 * len(kernels), 4.3)
     picture.get_layout_engine().set(wspace=0.1)
@@ -68,16 +65,13 @@ def draw_filters(kernels: Mapping[str, np.ndarray], path: str | os.PathLike) -> 
         axes.imshow(grid if grid.shape[-1] == 3 else grid[..., 0], cmap="gray", vmin=0, vmax=1)
         axes.set_title(label(title))
         axes.set_axis_off()
-    write_picture(picture, path)
+    return picture
 
 
 def first_kernel(workdir: str | os.PathLike, own_net: str | None = None) -> np.ndarray:
     """The stem's kernel, (H, W, C, M), of the newest checkpoint."""
+    variables = load_classifier(workdir, "latest", own_net).variables
     try:
-        return np.asarray(
-            load_classifier(workdir, "latest", own_net).variables["params"]["stem"]["conv"][
-                "kernel"
-            ]
-        )
+        return np.asarray(variables["params"]["stem"]["conv"]["kernel"])
     except KeyError:
         raise UserError(f"the net of {workdir} has no params/stem/conv/kernel to draw") from None

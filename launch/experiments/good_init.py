@@ -1,128 +1,79 @@
-"""Is a good init enough? Regularizers and modulation from the near-isometric start, a long run."""
+"""A good init, and what is kept of it: is the near-isometric start enough in a long run?
 
+44 plain layers on CIFAR-10, 8,000 steps of 128 images at 16×16 and width 8 (preset `full`: 64,000
+at 32×32 and width 16); rate down to 0 along a cosine, gradients clipped to a norm of 1, BN
+statistics of one pass over 1,280 training images. The penalty's coefficient is such that an error
+of orthonormality decays by a factor of exp(3) in the run; L2 has 1e-4. Each arm has the rate of a
+ladder, two or three to a factor of ten, with the smallest training loss after 600 steps (4,000).
+Orthonormality and growth in the table are those at the end. The growth is the largest factor
+between the second moments of the error at a site and at the topmost one, had nothing rescaled it.
+"""
+
+import functools
+import itertools
 import math
-import statistics
 
-from orthojax.experiments.arms import LADDER, LONG_SEARCH_STEPS, LONG_STEPS, cifar10, lengthen
-from orthojax.experiments.constraint import TIME_CONSTANTS, keep
-from orthojax.experiments.report import CELLS, cells, table, write_report
-from orthojax.experiments.rivals import L2
-from orthojax.experiments.sweep import run_name, tuned
-from orthojax.pictures.picture import COLORS, clear_frame, new_picture
-from orthojax.storage.metrics import read_metrics
+from orthojax.experiments import arms
+from orthojax.experiments.report import CELLS, arms_table, curve, draw, lines_of, write_report
+from orthojax.experiments.sweep import tuned
+from orthojax.pictures.picture import COLORS
 
-TITLE = "A good init, and what is kept of it"
-DEPTH = 44
-START = 0.05  # of the ladder
 KEPT = ("nothing", "L2", "penalty", "constraint")
 MODULATED = {"off": 1e30, "on": 10.0}  # the tolerance: at any, sites measure
+CURVES = {
+    "test": ("test",),
+    "orthonormality": ("layers", "orthonormality_error"),
+    "growth": ("layers", "log_growth", 1 / math.log(10)),
+}
+TITLES = ("test accuracy (%)", "largest ‖WᵀW − I‖/√n", "growth of the error, decades")
 
 
 def config(options, kept, modulated, rate):
     """The config of an arm at a rate."""
-    found = cifar10(DEPTH, "near_isometric", options.preset, options.data_dir)
-    lengthen(found, options.preset)
-    found.observe_every, found.eval_every = 100, 1_000
-    with found.unlocked(), found.ignore_type():
-        found.optimizer.learning_rate = rate
-        found.modulation.tolerance = MODULATED[modulated]
-        keep(found, kept)
-        if kept == "L2":
-            found.regularizer = L2
-    return found
+    long = {**arms.lengthened(options), "observe_every": 100, "eval_every": 1_000}
+    own = {"optimizer.learning_rate": rate, "modulation.tolerance": MODULATED[modulated]}
+    found = arms.cifar10(options, 44, "near_isometric", long, own)
+    return arms.changed(found, arms.L2) if kept == "L2" else arms.kept(found, kept)
 
 
 def jobs(options):
     """(what keeps the kernels, modulation) -> job, each at a rate of its own."""
-    found = {}
-    for modulated in MODULATED:
-        for kept in KEPT:
-
-            def at(rate, arm=(kept, modulated)):
-                return config(options, *arm, rate)
-
-            found[kept, modulated] = tuned(
-                at,
-                _directory(options, kept, modulated),
-                options.seeds,
-                rates=LADDER,
-                start=START,
-                search_steps=LONG_SEARCH_STEPS[options.preset],
-            )
-    return found
-
-
-def _directory(options, kept, modulated):
-    return options.workdir / f"{kept}_{modulated}"
+    return {
+        (kept, modulated): tuned(
+            functools.partial(config, options, kept, modulated),
+            *options.arm(kept, modulated),
+            start=0.05,
+            search_steps=arms.LONG_SEARCH_STEPS[options.preset],
+        )
+        for modulated, kept in itertools.product(MODULATED, KEPT)
+    }
 
 
 def report(options, results):
     """Accuracy at the end; orthonormality and the growth of the error along the run."""
-    rows, drawn = [], []
-    picture = new_picture(12, 3.8)
-    panels = picture.subplots(1, 3)
-    for (kept, modulated), records in results.items():
-        color, style = COLORS[KEPT.index(kept)], {"off": "-", "on": ":"}[modulated]
-        directory, ends = _directory(options, kept, modulated), []
-        for seed, record in enumerate(records):
-            run = directory / run_name(record["learning_rate"], record["steps"], record["seed"])
-            curves = _curves(run)
-            drawn += [(run, name, *curve) for name, curve in curves.items()]
-            label = f"{kept}, modulation {modulated}"
-            for axes, curve in zip(panels, curves.values(), strict=True):
-                axes.plot(*curve, color=color, linestyle=style, label=None if seed else label)
-            if not record["diverged"]:
-                ends.append({name: values[-1] for name, (_, values) in curves.items()})
-        rows.append(
-            [
-                kept,
-                modulated,
-                *cells(records),
-                f"{statistics.fmean(record['train_loss'] for record in records):.3f}",
-                *(
-                    ", ".join(f"{end[name]:.2g}" for end in ends)
-                    for name in ("orthonormality", "growth")
-                ),
-            ]
-        )
-    titles = ("test accuracy (%)", "largest ‖WᵀW − I‖/√n", "growth of the error, decades")
-    for axes, title in zip(panels, titles, strict=True):
-        axes.set(xlabel="training step", title=title)
-        clear_frame(axes)
-    panels[1].set_yscale("log")
-    panels[0].legend(frameon=False, fontsize=7)
-    headings = ["kernels kept by", "modulation", *CELLS, "training loss"]
-    headings += ["largest ‖WᵀW − I‖/√n at the end", "growth at the end, decades"]
+    panels = []
+    for title, place in zip(TITLES, CURVES.values(), strict=True):
+        axes = {"title": title, "xlabel": "training step"}
+        axes["yscale"] = "log" if place == CURVES["orthonormality"] else "linear"
+        lines = []
+        for (kept, modulated), records in results.items():
+            style = {"color": COLORS[KEPT.index(kept)], "linestyle": "-:"[modulated == "on"]}
+            lines += lines_of({f"{kept}, modulation {modulated}": records}, *place, **style)
+        panels.append((lines, axes))
+    headings = ["kernels kept by", "modulation", *CELLS, "training loss", *TITLES[1:]]
+    ends = {TITLES[1]: _ends("orthonormality"), TITLES[2]: _ends("growth")}
+    table = arms_table(headings, results, **ends)
+    picture = draw(*panels, width=4)
     write_report(
-        options,
-        TITLE,
-        table(headings, rows),
-        f"{DEPTH} plain layers from the near-isometric start, {LONG_STEPS[options.preset]:,} steps "
-        f"of 128 images of CIFAR-10{', at 16×16, width 8' if options.preset == 'cpu' else ''}; "
-        "rate down to 0 along a cosine, gradients clipped to a norm of 1, BN statistics of one "
-        "pass over 1,280 training images. The penalty's coefficient is such that an error of "
-        f"orthonormality decays by a factor of exp({TIME_CONSTANTS:g}) in the run; L2 has 1e-4. "
-        "Each arm has the rate of a ladder, two or three to a factor of ten, with the smallest "
-        f"training loss after {LONG_SEARCH_STEPS[options.preset]:,} steps. The growth is the "
-        "largest factor between the second moments of the error at a site and at the topmost one, "
-        "had nothing rescaled it.",
-        pictures={"good_init": picture},
-        curves=drawn,
+        options, __doc__, table, pictures={"good_init": picture}, results=results, curves=CURVES
     )
 
 
-def _curves(workdir):
-    """Name -> `(steps, values)`: test accuracy in %, orthonormality, growth in decades."""
-    found = {"test": ([], []), "orthonormality": ([], []), "growth": ([], [])}
+def _ends(name):
+    """A column: the last value of a curve of every run that did not diverge."""
 
-    def add(name, step, value):
-        found[name][0].append(step)
-        found[name][1].append(value)
+    def ends(records):
+        curves = [curve(record, *CURVES[name]) for record in records if not record["diverged"]]
+        return ", ".join(f"{values[-1]:.2g}" for _, values in curves)
 
-    for metrics in read_metrics(workdir):
-        if metrics["kind"] == "test":
-            add("test", metrics["step"], 100 * metrics["accuracy"])
-        elif metrics["kind"] == "layers":
-            add("orthonormality", metrics["step"], metrics["orthonormality_error"])
-            add("growth", metrics["step"], metrics["log_growth"] / math.log(10))
-    return found
+    return ends

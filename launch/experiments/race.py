@@ -1,39 +1,44 @@
-"""Plain nets against residual ones, each trained by SGD and with SOAP on its kernels."""
+"""The race: plain and residual nets, each trained by SGD and with SOAP on its kernels.
 
+CIFAR-10 at 16×16 (preset `full`: 32×32), batches of 128, horizontal flips only; rate down to 0
+along a cosine after a warm-up of 100, gradients clipped to a norm of 1, no regularizer; BN
+statistics of one pass over 1,280 training images. Runs of 2,000 steps (12,000) have width 8 (16),
+and rates searched for in 2,000 (4,000). Runs of 8,000 (64,000) have width 16, and rates searched
+for in 500 and then 2,000 (4,000 and then 12,000). SOAP trains the kernels, SGD with momentum the
+rest: two rates. Each arm has the rates with the smallest training loss of the first seed, from a
+ladder of two or three to a factor of ten, kernels first. On training images: the mean of the last
+tenth of the steps.
+"""
+
+import itertools
 import statistics
 
-from orthojax.experiments.arms import LADDER, MODULATED, cifar10, clip, folder
-from orthojax.experiments.report import accuracy, table, write_report
-from orthojax.experiments.sweep import climb, over_seeds, run_at, run_name
-from orthojax.pictures.picture import clear_frame, new_picture
-from orthojax.storage.metrics import read_metrics
+from orthojax.experiments import arms
+from orthojax.experiments.report import arms_table, draw, lines_of, mean, write_report
+from orthojax.experiments.sweep import climb, over_seeds, run_at
 
-TITLE = "The race: plain and residual nets, SGD and SOAP"
-NORMALIZED = {"kernel_init": "he", "bn_bias": 0.0}
-CARRYING = {"kernel_init": "carrying", "carry": 0.5}
-# Net -> changes of the model of `near_isometric`. A net of linear branches is plain once folded.
+CARRYING = {"model.kernel_init": "carrying", "model.carry": 0.5}
+# Net -> changes of `near_isometric`, and where the search begins: SGD's rate; SOAP's of the
+# kernels; SGD's of the rest beside it. A net of linear branches is plain once folded.
 NETS = {
-    "plain, near-isometric": {},
-    "plain, DKS": {"norm": "none", "activation": "shaped_softplus"},
-    "plain, carrying, PReLU": {**CARRYING, "bn_bias": 0.0, "activation": "prelu"},
-    "plain, carrying, ReLU": {**CARRYING, "bn_bias": 3.0},
-    "plain, the paper's start, modulated": {"kernel_init": "orthonormal", "bn_bias": 0.0},
-    "plain, He": NORMALIZED,
-    "RepVGG": {"kernel_init": "he", "parametrization": "repvgg"},
-    "residual": {"name": "ResNet", **NORMALIZED},
-    "residual, last scale 0": {"name": "ResNet", "zero_init_residual": True, **NORMALIZED},
-}
-# Net -> where the search begins: SGD's rate; SOAP's of the kernels; SGD's of the rest beside it.
-STARTS = {
-    "plain, near-isometric": (0.05, 0.002, 0.05),
-    "plain, DKS": (0.01, 0.002, 0.02),
-    "plain, carrying, PReLU": (0.05, 0.002, 0.1),
-    "plain, carrying, ReLU": (0.05, 0.002, 0.1),
-    "plain, the paper's start, modulated": (0.1, 0.002, 0.05),
-    "plain, He": (0.1, 0.002, 0.05),
-    "RepVGG": (0.1, 0.005, 0.1),
-    "residual": (0.2, 0.01, 0.1),
-    "residual, last scale 0": (0.2, 0.01, 0.1),
+    "plain, near-isometric": ({}, (0.05, 0.002, 0.05)),
+    "plain, DKS": (
+        {"model.norm": "none", "model.activation": "shaped_softplus"},
+        (0.01, 0.002, 0.02),
+    ),
+    "plain, carrying, PReLU": (
+        {**CARRYING, "model.bn_bias": 0.0, "model.activation": "prelu"},
+        (0.05, 0.002, 0.1),
+    ),
+    "plain, carrying, ReLU": ({**CARRYING, "model.bn_bias": 3.0}, (0.05, 0.002, 0.1)),
+    "plain, the paper's start, modulated": (
+        {**arms.PAPER_START, **arms.MODULATED},
+        (0.1, 0.002, 0.05),
+    ),
+    "plain, He": (arms.HE_START, (0.1, 0.002, 0.05)),
+    "RepVGG": ({"model.kernel_init": "he", "model.parametrization": "repvgg"}, (0.1, 0.005, 0.1)),
+    "residual": (arms.RESIDUAL, (0.2, 0.01, 0.1)),
+    "residual, last scale 0": (arms.RESIDUAL_LAST_0, (0.2, 0.01, 0.1)),
 }
 OPTIMIZERS = ("SGD", "SOAP")
 # Length -> (width, steps, steps of the searches for rates, each from the best of the one before).
@@ -43,169 +48,100 @@ LENGTHS = {
 }
 LONG = ("plain, carrying, PReLU", "plain, near-isometric", "RepVGG", "residual, last scale 0")
 DEPTHS = (44, 110)
+RATES, ON_TRAINING, SECONDS = "rates", "on training images (%)", "CPU s a run"
 
 
 def jobs(options):
-    """`layers, length, net, optimizer` -> job; of the long runs of 110 layers one seed."""
+    """(layers, length, net, optimizer) -> job; of the long runs of 110 layers one seed."""
     return {
-        f"{depth}, {length}, {net}, {optimizer}": _job(options, depth, length, net, optimizer)
+        arm: _job(options, *arm)
         for length in LENGTHS[options.preset]
-        for depth in DEPTHS
-        for net in (NETS if length == "short" else LONG)
-        for optimizer in OPTIMIZERS
+        for arm in itertools.product(
+            DEPTHS, [length], NETS if length == "short" else LONG, OPTIMIZERS
+        )
     }
 
 
 def _job(options, depth, length, net, optimizer):
     """Searches the rate of all or of the kernels, then that of the rest; then trains every seed."""
-    all_or_kernels, rates = (0, 1)[optimizer == "SOAP"], STARTS[net]
-    rate, rest = rates[all_or_kernels], rates[2] if optimizer == "SOAP" else None
+    of_sgd, of_kernels, of_rest = NETS[net][1]
+    rate, rest = (of_sgd, None) if optimizer == "SGD" else (of_kernels, of_rest)
     _, steps, searches = LENGTHS[options.preset][length]
 
+    def arm(steps, rate, rest):
+        names = [length, net, optimizer, depth] + ([f"rest{rest:g}"] if rest is not None else [])
+        made = config(options, depth, length, net, steps, rate, rest)
+        return made, *options.arm(*names)
+
     def run(steps, rate, rest):
-        made = config(options, depth, length, net, rate, rest)
-        made.steps = steps
-        return run_at(made, directory(options, depth, length, net, optimizer, rest), seed=0)
+        made, directory, seeds = arm(steps, rate, rest)
+        return run_at(made, directory, seeds[0])
 
     for search in searches:
-        rate = yield from climb(lambda r, s=search, rest=rest: run(s, r, rest), LADDER, rate)
+        rate = yield from climb(lambda rate, s=search, rest=rest: run(s, rate, rest), rate)
         if rest is not None:
-            rest = yield from climb(lambda r, s=search, rate=rate: run(s, rate, r), LADDER, rest)
-    seeds = options.seeds if (length, depth) != ("long", 110) else options.seeds[:1]
-    made = config(options, depth, length, net, rate, rest)
-    made.steps = steps
-    place = directory(options, depth, length, net, optimizer, rest)
-    return (yield from over_seeds(made, place, seeds))
+            rest = yield from climb(lambda rest, s=search, rate=rate: run(s, rate, rest), rest)
+    made, directory, seeds = arm(steps, rate, rest)
+    few = (length, depth) == ("long", 110)
+    return (yield from over_seeds(made, directory, seeds[:1] if few else seeds))
 
 
-def directory(options, depth, length, net, optimizer, rest):
-    """Of the runs of an arm at one rate of the rest."""
-    names = [length, net, optimizer, depth] + ([f"rest{rest:g}"] if rest is not None else [])
-    return options.workdir / folder(*names)
-
-
-def config(options, depth, length, net, rate, rest=None):
+def config(options, depth, length, net, steps, rate, rest=None):
     """The config of a net at a rate: of all by SGD, or of the kernels by SOAP beside `rest`."""
-    made = cifar10(depth, "near_isometric", options.preset, options.data_dir)
-    clip(made)
-    made.model.width, made.steps, _ = LENGTHS[options.preset][length]
-    made.schedule = {"name": "cosine", "warmup_steps": 100}
-    made.log_every, made.eval_every, made.checkpoint_every = 50, 500, 250
-    with made.unlocked(), made.ignore_type():
-        made.regularizer = {"name": "none"}
-        made.model.update(NETS[net])
-        made.modulation = MODULATED if "modulated" in net else None
-        if made.model.get("norm") == "none":
-            del made.model["bn_bias"]
-            made.recalibrate_bn = 0
-        sgd = {"name": "sgd", "learning_rate": rate, "momentum": 0.9}
-        made.optimizer = sgd
-        if rest is not None:
-            sgd["learning_rate"] = rest
-            made.optimizer = {"name": "soap", "learning_rate": rate, "rest": sgd}
-    return made
+    sgd = {"name": "sgd", "learning_rate": rate, "momentum": 0.9}
+    soap = {"name": "soap", "learning_rate": rate, "rest": {**sgd, "learning_rate": rest}}
+    run = {"steps": steps, "log_every": 50, "eval_every": 500, "checkpoint_every": 250}
+    run["model.width"] = LENGTHS[options.preset][length][0]
+    run["optimizer"] = sgd if rest is None else soap
+    fixed = {**arms.CLIPPED, **arms.COSINE, **arms.NO_REGULARIZER, **arms.UNMODULATED}
+    return arms.cifar10(options, depth, "near_isometric", run, fixed, NETS[net][0])
 
 
 def report(options, results):
     """Accuracy on test and training images, what a run costs, and accuracy against CPU time."""
-    rows, pictures, drawn = [], {}, []
-    for depth in DEPTHS:
-        for length in LENGTHS[options.preset]:
-            found = {
-                name.split(", ", 2)[2]: records
-                for name, records in results.items()
-                if name.startswith(f"{depth}, {length}, ")
-            }
-            ordered = sorted(found.items(), key=lambda item: -_mean(item[1], "test_accuracy"))
-            rows += [_row(depth, arm, records) for arm, records in ordered]
-            if found:
-                curves = _curves(options, depth, length, found)
-                drawn += [curve for arm in curves.values() for curve in arm]
-                pictures[f"race_{depth}_{length}"] = _draw(depth, length, found, curves)
-    headings = ["layers", "steps", "net", "rates", "test accuracy (%)", "each"]
-    headings += ["on training images (%)", "CPU s a run", "n"]
-    write_report(
-        options,
-        TITLE,
-        table(headings, rows),
-        f"CIFAR-10 at {'16×16' if options.preset == 'cpu' else '32×32'}, batches of 128, "
-        "horizontal flips only; rate down to 0 along a cosine after a warm-up of 100, gradients "
-        "clipped to a norm of 1, no regularizer; BN statistics of one pass over 1,280 training "
-        f"images. {_of_lengths(options)} SOAP trains the kernels, SGD with momentum the rest: two "
-        "rates. Each arm has the rates with the smallest training loss of the first seed, from a "
-        "ladder of two or three to a factor of ten, kernels first. On training images: the mean of "
-        "the last tenth of the steps.",
-        pictures=pictures,
-        curves=drawn,
-    )
+    rows, pictures = {}, {}
+    for depth, length in itertools.product(DEPTHS, LENGTHS[options.preset]):
+        found = {arm: records for arm, records in results.items() if arm[:2] == (depth, length)}
+        for arm in sorted(found, key=lambda arm: -mean(found[arm], "test_accuracy")):
+            rows[depth, f"{found[arm][0]['steps']:,}", ", ".join(arm[2:])] = found[arm]
+        if found:
+            pictures[f"race_{depth}_{length}"] = _draw(f"{depth} layers, {length}", found)
+    headings = ["layers", "steps", "net", RATES, "test accuracy (%)", "each", ON_TRAINING, SECONDS]
+    own = {RATES: _rates, ON_TRAINING: _on_training, SECONDS: _seconds}
+    table = arms_table([*headings, "n"], rows, **own)
+    curves = {"test": ("test",)}
+    write_report(options, __doc__, table, pictures=pictures, results=results, curves=curves)
 
 
-def _of_lengths(options):
-    return " ".join(
-        f"Runs of {steps:,} steps have width {width}, and rates searched for in "
-        f"{' and then '.join(f'{search:,}' for search in searches)}."
-        for width, steps, searches in LENGTHS[options.preset].values()
-    )
+def _rates(records):
+    names = ("learning_rate", "rest_rate")
+    return " / ".join(f"{records[0][name]:g}" for name in names if name in records[0])
 
 
-def _mean(records, key):
-    return statistics.fmean(record[key] for record in records)
+def _on_training(records):
+    return f"{100 * mean(records, 'train_accuracy'):.1f}"
 
 
-def _row(depth, arm, records):
-    net, optimizer = arm.rsplit(", ", 1)
-    seconds = [r["cpu_seconds"] for r in records if r["cpu_seconds"]]
-    rates = [f"{records[0]['learning_rate']:g}"]
-    if "rest_rate" in records[0]:
-        rates.append(f"{records[0]['rest_rate']:g}")
-    return [
-        depth,
-        f"{records[0]['steps']:,}",
-        f"{net}, {optimizer}",
-        " / ".join(rates),
-        accuracy(records),
-        ", ".join(f"{100 * r['test_accuracy']:.1f}" for r in records),
-        f"{100 * _mean(records, 'train_accuracy'):.1f}",
-        f"{statistics.median(seconds):,.0f}" if seconds else "",
-        len(records),
-    ]
+def _median_seconds(records):
+    seconds = [record["cpu_seconds"] for record in records if record["cpu_seconds"]]
+    return statistics.median(seconds) if seconds else None
 
 
-def _curves(options, depth, length, found):
-    """Arm -> `(run, name, steps, % of test images)` of every seed."""
-    curves = {}
-    for arm, records in found.items():
-        net, optimizer = arm.rsplit(", ", 1)
-        curves[arm] = []
-        for record in records:
-            place = directory(options, depth, length, net, optimizer, record.get("rest_rate"))
-            run = place / run_name(record["learning_rate"], record["steps"], record["seed"])
-            points = [
-                (m["step"], 100 * m["accuracy"]) for m in read_metrics(run) if m["kind"] == "test"
-            ]
-            curves[arm].append((run, "test", *map(list, zip(*points, strict=True))))
-    return curves
+def _seconds(records):
+    seconds = _median_seconds(records)
+    return "" if seconds is None else f"{seconds:,.0f}"
 
 
-def _draw(depth, length, found, curves):
+def _draw(title, found):
     """Accuracy against steps, and against the CPU time that they take."""
-    picture = new_picture(9.0, 4.2)
-    by_step, by_time = picture.subplots(1, 2, sharey=True)
-    for arm, records in found.items():
-        seconds = [r["cpu_seconds"] for r in records if r["cpu_seconds"]]
-        a_step = statistics.median(seconds) / records[0]["steps"] if seconds else None
-        style = {
-            "color": f"C{list(NETS).index(arm.rsplit(', ', 1)[0])}",
-            "linestyle": "-" if arm.endswith("SOAP") else "--",
-            "linewidth": 1.2,
-        }
-        for seed, (_, _, steps, values) in enumerate(curves[arm]):
-            by_step.plot(steps, values, label=None if seed else arm, **style)
-            if a_step:
-                by_time.plot([a_step * step for step in steps], values, **style)
-    by_step.set(xlabel="step", ylabel="test accuracy (%)", title=f"{depth} layers, {length}")
-    by_time.set(xlabel="CPU seconds")
-    for axes in (by_step, by_time):
-        clear_frame(axes)
-    by_step.legend(frameon=False, fontsize=6)
-    return picture
+    by_step, by_time = [], []
+    for (_, _, net, optimizer), records in found.items():
+        color, dashes = f"C{list(NETS).index(net)}", {"SGD": "--", "SOAP": "-"}[optimizer]
+        arm, seconds = {f"{net}, {optimizer}": records}, _median_seconds(records)
+        lines = lines_of(arm, "test", color=color, linestyle=dashes)
+        by_step += lines
+        if seconds:
+            step = seconds / records[0]["steps"]
+            by_time += [line._replace(x=[step * at for at in line.x]) for line in lines]
+    named = {"xlabel": "step", "ylabel": "test accuracy (%)", "title": title}
+    return draw((by_step, named), (by_time, {"xlabel": "CPU seconds"}), sharey=True)

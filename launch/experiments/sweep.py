@@ -26,6 +26,9 @@ from orthojax.storage.metrics import read_metrics
 from orthojax.storage.workdir import check_config, write_json_atomic
 from orthojax.training.train import train_and_evaluate
 
+# Learning rates to choose from, two or three to a factor of ten.
+LADDER = (1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
 RECORD = "record.json"
 POLL_SECONDS = 2.0  # between looks at what other processes are training
 PROGRESS_SECONDS = 30.0  # between lines that tell of one run
@@ -57,8 +60,9 @@ def train_once(run: Run, stream: Any = None) -> Record:
       `rest_rate` if the optimizer has one for the rest; `steps`; `seconds`, of the last start;
       `cpu_seconds`, of the process, or None if there was more than one start; `diverged`, None or
       the message; and, where layers are observed, `orthonormality_error` when they last were. A run
-      that diverged has accuracies of 0 and no finite `train_loss` (null in the file). What the run
-      prints goes to a file beside its directory, of the same name and `.log`.
+      that diverged has accuracies of 0 and no finite `train_loss` (null in the file). `workdir` is
+      the run's, and not in the file. What the run prints goes to a file beside its directory, of
+      the same name and `.log`.
 
     Raises:
       WorkdirBusyError: another process is training it.
@@ -74,7 +78,7 @@ def train_once(run: Run, stream: Any = None) -> Record:
         record = json.loads(path.read_bytes())
         if record["train_loss"] is None:
             record["train_loss"] = math.inf
-        return record
+        return {**record, "workdir": run.workdir}
     except (ValueError, TypeError, KeyError) as error:
         raise WorkdirError(
             f"{path} is damaged ({error}); remove it, and it is made of the trained run again"
@@ -233,8 +237,8 @@ def tuned(
     directory: pathlib.Path,
     seeds: Sequence[int],
     *,
-    rates: Sequence[float],
-    start: float,
+    start: float | None = None,
+    rates: Sequence[float] = LADDER,
     search_steps: int | None = None,
 ) -> Job:
     """A job: the best learning rate for a config, then the config at that rate with every seed.
@@ -247,8 +251,8 @@ def tuned(
       config: its seed and learning rate are replaced; or a function that makes it for a rate.
       directory: of the runs.
       seeds: at least one.
+      start: one of the rates; None is that of the config.
       rates: the ladder, in ascending order.
-      start: one of them.
       search_steps: length of the runs of the search; None is the whole length, and then the first
         seed is not trained again.
 
@@ -266,17 +270,17 @@ def tuned(
         search.steps = search_steps or search.steps
         return run_at(search, directory, seeds[0])
 
-    best = yield from climb(run, rates, start)
+    best = yield from climb(run, start or config.optimizer.learning_rate, rates)
     return (yield from over_seeds(at(best), directory, seeds))
 
 
-def climb(run: Callable[[float], Run], rates: Sequence[float], start: float) -> Job:
+def climb(run: Callable[[float], Run], start: float, rates: Sequence[float] = LADDER) -> Job:
     """A job: the rate of a ladder with the smallest training loss, as `tuned` finds it.
 
     Args:
       run: of a rate.
+      start: one of the rates.
       rates: the ladder, in ascending order.
-      start: one of them.
     """
     losses: dict[int, float] = {}
     here = rates.index(start)
@@ -292,17 +296,14 @@ def climb(run: Callable[[float], Run], rates: Sequence[float], start: float) -> 
 
 
 def run_at(config: ConfigDict, directory: pathlib.Path, seed: int) -> Run:
-    """The run of a config with a seed, in a directory of its own within that of its arm."""
-    config = copy.deepcopy(config)
-    config.seed = seed
-    return Run(directory / run_name(config.optimizer.learning_rate, config.steps, seed), config)
-
-
-def run_name(learning_rate: float, steps: int, seed: int) -> str:
-    """Of the directory of a run, within that of its arm.
+    """The run of a config with a seed, in a directory of its own within that of its arm.
 
     Example:
-      >>> run_name(0.05, 600, seed=1)
-      'lr0.05-steps600-seed1'
+      >>> config = ConfigDict({"seed": 0, "steps": 600, "optimizer": {"learning_rate": 0.05}})
+      >>> run_at(config, pathlib.Path("runs"), seed=1).workdir.as_posix()
+      'runs/lr0.05-steps600-seed1'
     """
-    return f"lr{learning_rate:g}-steps{steps}-seed{seed}"
+    config = copy.deepcopy(config)
+    config.seed = seed
+    name = f"lr{config.optimizer.learning_rate:g}-steps{config.steps}-seed{seed}"
+    return Run(directory / name, config)

@@ -25,7 +25,8 @@ from orthojax.storage.paths import local_path, output_directory
 
 keep_compiled_programs()
 
-PAPER = ("table2", "figure2", "figure3", "figure4", "figure5", "figure6", "appendix", "theory")
+FIGURES = ("figure2", "figure3", "figure4", "figure5", "figure6")
+PAPER = ("table2", *FIGURES, "appendix", "theory")
 BEYOND = ("modulation", "mnist", "hard_cases", "ablation", "depth", "constraint", "good_init")
 AGAINST = ("gap", "long_run", "race", "rivals")
 
@@ -35,16 +36,29 @@ class Options:
     """What an experiment is told.
 
     Attributes:
+      name: of the experiment.
       preset: `cpu` or `full`.
       seeds: those of every arm.
       data_dir: of prepared data sets, or None.
       workdir: of the experiment.
     """
 
+    name: str
     preset: str
     seeds: tuple[int, ...]
     data_dir: str | None
     workdir: pathlib.Path
+
+    def arm(self, *names):
+        """Directory and seeds of an arm of these names.
+
+        Example:
+          >>> options = Options("depth", "cpu", (0, 1), None, pathlib.PurePosixPath("runs"))
+          >>> options.arm("the paper's start, modulated", 110)
+          (PurePosixPath('runs/the_papers_start_modulated_110'), (0, 1))
+        """
+        name = "_".join(map(str, names)).replace(" ", "_").replace(",", "").replace("'", "")
+        return self.workdir / name, self.seeds
 
 
 def start():
@@ -91,10 +105,10 @@ def reproduce(arguments):
     if not arguments.finished:
         output_directory(arguments.workdir)
     for name in wanted:
-        experiment = importlib.import_module(f"orthojax.experiments.{name}")
+        experiment = load(name)
         workdir = arguments.workdir / f"{name}_{arguments.preset}"
         seeds = tuple(range(arguments.seeds))
-        options = Options(arguments.preset, seeds, arguments.data_dir, workdir)
+        options = Options(name, arguments.preset, seeds, arguments.data_dir, workdir)
         jobs = select(experiment.jobs(options), arguments.only)
         if jobs and not arguments.finished:
             tell_plan(name, plan(select(experiment.jobs(options), arguments.only)))
@@ -106,6 +120,12 @@ def reproduce(arguments):
             )
         experiment.report(options, results)
         print(f"written to {workdir}: report.md")
+
+
+def load(name):
+    """The module of an experiment, with its `jobs(options)` and `report(options, results)`."""
+    module = "figures" if name in FIGURES else name
+    return importlib.import_module(f"orthojax.experiments.{module}")
 
 
 def select(jobs, pattern):
