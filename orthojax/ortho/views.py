@@ -272,9 +272,10 @@ def _modules_around(module) -> Iterator[str]:
 
 
 def _question(view, path, shape, why) -> ConfigError:
+    asked = f"is it {why}?" if why.startswith("a ") else f"{why};"
     tells = "the model tells, by view=orthojax.linen.axes(net, x) or orthojax.nnx.axes(model); or "
     return ConfigError(
-        f"parameter {path!r} of shape {shape}: {why}? {tells * (view == 'flax')}say its axes in"
+        f"parameter {path!r} of shape {shape}: {asked} {tells * (view == 'flax')}say its axes in"
         f" view=views.{view}(overrides={{{path!r}: KernelAxes(inputs=..., outputs=...)}}), or,"
         f" of a stack, put a fragment of its module's name into views.{view}(stacked=(...,));"
         " or leave it out by `mask`"

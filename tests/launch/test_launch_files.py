@@ -176,7 +176,7 @@ def test_dry_run_prints_what_a_run_does(name, place):
 def test_pod_installs_the_commit(place):
     code, _, calls = place.train_with_codes("--setup=pip freeze", codes=[0])
     [copied] = [call for call in calls if call[4] == "scp"]
-    install = command_of(next(call for call in calls if ".[tpu,gcs]" in call[-1]))
+    install = command_of(next(call for call in calls if ".[train,tpu,gcs]" in call[-1]))
     shutil.copy(place.repository / copied[5], place.home / "orthojax.tar.gz")
     uv = place.home / ".local" / "bin" / "uv"
     uv.parent.mkdir(parents=True)
@@ -185,7 +185,7 @@ def test_pod_installs_the_commit(place):
     code, _, calls = place.run("bash", "-c", install, cwd=place.home)
     assert code == 0
     assert [call for call in calls if call[0] == "pip"] == [
-        ["pip", "install", ".[tpu,gcs]"],
+        ["pip", "install", ".[train,tpu,gcs]"],
         ["pip", "freeze"],
     ]
     assert (place.home / "orthojax" / "launch" / "train.py").exists()
@@ -292,7 +292,7 @@ def test_xpk_command_runs_the_training(place):
     [source] = [word.partition("=")[2] for word in workload if word.startswith("--script-dir=")]
     assert [entry.name for entry in (place.repository / source).iterdir()] == ["launch"]
     _, _, calls = place.run("bash", "-c", command_of(workload))
-    assert calls == [["pip", "install", ".[tpu,gcs]"], ["python3", *TRAINING]]
+    assert calls == [["pip", "install", ".[train,tpu,gcs]"], ["python3", *TRAINING]]
 
     _, _, calls = place.script("xpk.sh", *REQUIRED["xpk.sh"], "--docker-image=i")
     assert not any(word.startswith(("--base-docker-image", "--script-dir")) for word in calls[0])

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import orthojax
-from orthojax import scale_by_soap, soap, stiefel
+from orthojax import scale_by_soap, soap, stiefel, views
 from orthojax.errors import ConfigError
 from orthojax.matrices import KernelAxes
 from orthojax.ortho import SoapState
@@ -195,7 +195,10 @@ def test_heads_and_feature_groups_are_kernels_of_their_own():
         }
     }
     params["attention"]["out"] = {"kernel": jnp.ones((2, 3, 6)), "bias": jnp.ones(6)}
-    state = scale_by_soap().init(params)
+    heads = KernelAxes(inputs=-3, outputs=(-2, -1))
+    view = {f"attention/{name}": heads for name in ("query/kernel", "key/kernel", "value/kernel")}
+    view["attention/out/kernel"] = KernelAxes(inputs=(-3, -2), outputs=-1)
+    state = scale_by_soap(view=views.flax(overrides=view)).init(params)
     shapes = {
         path: [m.shape for m in found if m is not None] for path, found in state.bases.items()
     }

@@ -19,6 +19,7 @@ from orthojax import (
     project_orthonormal,
     scale_by_matrix_adam,
     stiefel,
+    views,
 )
 from orthojax.errors import ConfigError
 from orthojax.ortho.stiefel import METHODS
@@ -451,7 +452,7 @@ def test_sharded_parameters_stay_sharded(axis_type):
         }
         for name, leaves in values.items()
     }
-    tx = stiefel(optax.sgd(0.1))
+    tx = stiefel(optax.sgd(0.1), view=views.flax(stacked=("a",)))
     update = jax.jit(lambda p: tx.update(jax.tree.map(jnp.cos, p), tx.init(p), p)[0])
     results = [update(p) for p in (placed, values)]
     for found, expected, param in zip(*map(jax.tree.leaves, (*results, placed)), strict=True):
