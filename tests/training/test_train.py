@@ -485,7 +485,9 @@ def test_imports_stay_light():
     heavy = {"tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib", "tensorboardX"}
     code = f"""
 import sys, orthojax
-assert "flax" not in sys.modules
+from jax._src import xla_bridge
+assert "flax" not in sys.modules and "scipy" not in sys.modules
+assert not xla_bridge.backends_are_initialized()
 import orthojax.config.sections, orthojax.storage.metrics, orthojax.training.progress
 assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules)
 """
