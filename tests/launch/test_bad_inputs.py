@@ -151,9 +151,8 @@ FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "summary.json", "lock", "curves.png"),
     *("preprocessing.json", "checksums.json"),
     *("checkpoints/6/checksums.json", "checkpoints/6/position/metadata"),
-    *("checkpoints/6/metrics/metrics", "checkpoints/6/state/_METADATA"),
-    *("checkpoints/6/_CHECKPOINT_METADATA", "checkpoints/4/checksums.json"),
-    "checkpoints/4/state/manifest.ocdbt",
+    *("checkpoints/6/state/_METADATA", "checkpoints/6/_CHECKPOINT_METADATA"),
+    *("checkpoints/4/checksums.json", "checkpoints/4/state/manifest.ocdbt"),
 )
 OTHERS = {
     "checkpoints deleted": lambda run: shutil.rmtree(run / "checkpoints"),
