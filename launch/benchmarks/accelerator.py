@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import re
 import statistics
@@ -18,7 +19,7 @@ from orthojax.benchmarks.programs import (
     experiment,
     peak_memory,
 )
-from orthojax.training.compiled import compile_steps
+from orthojax.training.compiled import compile_steps, uncompiled_step
 
 # -> compute dtype, precision of products. "float32" is not left to the device, which may take TF32.
 PRECISIONS = {
@@ -174,7 +175,7 @@ def _ours(step: Step):
 
 def _several(step: Step, made, programs, state, batch):
     """One program of several nets, on the same batch, or of several steps; and its first state."""
-    one = make_step(made, programs.hyperparams)
+    one = functools.partial(uncompiled_step(made), hyperparams=programs.hyperparams)
     if step.nets > 1:
         one = jax.vmap(one, in_axes=(0, None))
         state = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * step.nets), state)
@@ -188,16 +189,6 @@ def _several(step: Step, made, programs, state, batch):
 
     compiled = jax.jit(program, donate_argnums=0).lower(state, batch).compile()
     return compiled, state
-
-
-def make_step(made, hyperparams):
-    """The training step of an experiment as a function of state and batch, not compiled."""
-    from orthojax.training.step import make_train_step
-
-    optimizer = made.optimizer(hyperparams)
-    return make_train_step(
-        made.net, optimizer, made.dataset.augment, hyperparams.seed, lambda tree: tree
-    )
 
 
 def _pytorch(step: Step):

@@ -12,6 +12,7 @@ from orthojax.data import cache, prepared
 from orthojax.data.augmentation import augment, check_images, normalize
 from orthojax.data.in_memory_batches import Batch, Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
+from orthojax.data.protocols import Splits
 from orthojax.data.validation import existing, held_out, split_off
 from orthojax.errors import DatasetError
 
@@ -25,7 +26,7 @@ _CHUNK = 1024  # images, when summing over a split: bounds the memory of the wid
 
 
 @dataclasses.dataclass(frozen=True)
-class InMemoryDataset:
+class InMemoryDataset(Splits):
     """Two splits or three, and the per-pixel mean and standard deviation of the training images.
 
     See `orthojax.data.Dataset` for its methods.
@@ -56,21 +57,6 @@ class InMemoryDataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C)."""
         return self.train.images.shape[1:]
-
-    @property
-    def train_size(self) -> int:
-        """Images of the training split."""
-        return len(self.train)
-
-    @property
-    def validation_size(self) -> int:
-        """Images of the validation split; 0 without one."""
-        return 0 if self.validation is None else len(self.validation)
-
-    @property
-    def test_size(self) -> int:
-        """Images of the test split."""
-        return len(self.test)
 
     def train_batches(
         self, batch_size: int, seed: int, rows: np.ndarray | None = None

@@ -1,6 +1,6 @@
 """What training asks of a data set, whether its images are in memory or come from a disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from typing import Any, Protocol
 
 import jax
@@ -36,6 +36,29 @@ class TrainBatches(Protocol):
     def close(self) -> None:
         """Ends worker processes, where there are any."""
         ...
+
+
+class Splits:
+    """The sizes of a data set: of `train`, `test`, and `validation`, which may be None."""
+
+    train: Sized
+    test: Sized
+    validation: Sized | None
+
+    @property
+    def train_size(self) -> int:
+        """Images of the training split."""
+        return len(self.train)
+
+    @property
+    def validation_size(self) -> int:
+        """Images of the validation split; 0 without one."""
+        return 0 if self.validation is None else len(self.validation)
+
+    @property
+    def test_size(self) -> int:
+        """Images of the test split."""
+        return len(self.test)
 
 
 class Dataset(Protocol):

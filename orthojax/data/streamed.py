@@ -13,7 +13,7 @@ from orthojax.data.augmentation import augment_photographs, standardize_rgb
 from orthojax.data.in_memory import BLACK_IMAGES, black_split
 from orthojax.data.in_memory_batches import Split, TrainIterator, eval_batches
 from orthojax.data.preprocessing import Preprocessing, named
-from orthojax.data.protocols import Batch, TrainBatches
+from orthojax.data.protocols import Batch, Splits, TrainBatches
 from orthojax.data.records import Records, check_images
 from orthojax.data.validation import existing, parts
 from orthojax.extras import require
@@ -23,7 +23,7 @@ LARGEST_SIDE = 2**14  # of a square, in pixels
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamedDataset:
+class StreamedDataset(Splits):
     """Photographs scaled to a square, cropped at random, and augmented on the device.
 
     See `orthojax.data.Dataset` for its methods, and `load` for the attributes.
@@ -52,21 +52,6 @@ class StreamedDataset:
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of a crop."""
         return self.crop, self.crop, 3
-
-    @property
-    def train_size(self) -> int:
-        """Images of the training split."""
-        return len(self.train)
-
-    @property
-    def validation_size(self) -> int:
-        """Images of the validation split; 0 without one."""
-        return 0 if self.validation is None else len(self.validation)
-
-    @property
-    def test_size(self) -> int:
-        """Images of the test split."""
-        return len(self.test)
 
     def train_batches(
         self, batch_size: int, seed: int, rows: np.ndarray | None = None

@@ -105,6 +105,14 @@ def lower_train_step(experiment: Experiment, state: TrainState) -> jax.stages.Lo
       experiment: what is trained.
       state: of `abstract_state`.
     """
+    batch = _abstract_batch(experiment, image="uint8", label="int32")
+    shardings = _shardings(state), replicated(experiment.mesh)
+    jitted = jax.jit(uncompiled_step(experiment), out_shardings=shardings, donate_argnums=0)
+    return jitted.lower(state, batch, _abstract_hyperparams(experiment))
+
+
+def uncompiled_step(experiment: Experiment) -> Callable:
+    """The training step `(state, batch, hyperparams) -> (state, metrics)`, not compiled."""
 
     def train_step(state, batch, hyperparams):
         optimizer = experiment.optimizer(hyperparams)
@@ -113,10 +121,7 @@ def lower_train_step(experiment: Experiment, state: TrainState) -> jax.stages.Lo
         step = make_train_step(experiment.net, optimizer, augment, hyperparams.seed, gather)
         return step(state, batch)
 
-    batch = _abstract_batch(experiment, image="uint8", label="int32")
-    shardings = _shardings(state), replicated(experiment.mesh)
-    jitted = jax.jit(train_step, out_shardings=shardings, donate_argnums=0)
-    return jitted.lower(state, batch, _abstract_hyperparams(experiment))
+    return train_step
 
 
 def _lower_eval_step(experiment: Experiment, state: TrainState) -> jax.stages.Lowered:

@@ -52,7 +52,7 @@ def test_nothing_of_the_choice_is_left_in_a_compiled_program():
     assert " conditional(" not in convolution_gradient("cpu").compile().as_text()
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs the TPU compiler: pip install -e '.[tpu]'")
+@pytest.mark.skipif(not INSTALLED, reason="needs the TPU compiler: pip install -e '.[train,tpu]'")
 def test_an_unknown_topology_is_named():
     finished = compile_for_tpu("--topology=v5e-17")
     assert finished.returncode == 2
@@ -80,7 +80,7 @@ def test_without_the_compiler_the_extra_is_named(program):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not INSTALLED, reason="needs the TPU compiler: pip install -e '.[tpu]'")
+@pytest.mark.skipif(not INSTALLED, reason="needs the TPU compiler: pip install -e '.[train,tpu]'")
 def test_the_8_layer_net_for_16_chips(tmp_path):
     """What the method adds is a few per cent of the flops, and no all-reduce."""
     records = tmp_path / "records.json"
